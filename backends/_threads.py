@@ -1,0 +1,127 @@
+"""Threads for NumPy's tasks, with BLAS held to one thread meanwhile.
+
+BLAS's thread count belongs to the process.  The first call that needs it lowers it and the last
+one to end restores it, under a lock, whatever happens in between; `fork` in the middle of a call
+leaves the child with the count as it was before.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from typing import Any
+
+try:
+    import threadpoolctl
+except ImportError:  # BLAS keeps its own threads, and the tasks run one after the other
+    threadpoolctl = None
+
+
+class _Blas:
+    """The BLAS libraries of the process: their thread count, and who holds it at one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.holders = 0
+        self.before: list[tuple[Any, int]] = []
+        self.libraries: list[Any] | None = None
+
+    def _find(self) -> list[Any]:
+        if self.libraries is None:
+            found = threadpoolctl.ThreadpoolController().select(user_api="blas")
+            self.libraries = found.lib_controllers
+        return self.libraries
+
+    def _set(self, counts: list[tuple[Any, int]]) -> None:
+        for library, count in counts:
+            library.set_num_threads(count)
+            # threadpoolctl lets only the thread that set a limit change it again, and ignores
+            # every other: give that up, since another thread may be the last to leave.
+            give_up = getattr(library, "clear_controlling_thread", None)
+            if give_up is not None:
+                give_up(force=True)
+
+    def share(self) -> int:
+        """Return how many threads a call that starts now should take."""
+        if threadpoolctl is None:
+            return 1
+        with self.lock:
+            counts = [n for _, n in self.before] or [b.num_threads for b in self._find()]
+            return max(counts, default=1) // (self.holders + 1)
+
+    @contextmanager
+    def single_threaded(self) -> Iterator[None]:
+        """Hold BLAS to one thread per caller."""
+        with self.lock:
+            if self.holders == 0:
+                self.before = [(library, library.num_threads) for library in self._find()]
+                self._set([(library, 1) for library, _ in self.before])
+            self.holders += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.holders -= 1
+                if self.holders == 0:
+                    self._set(self.before)
+                    self.before = []
+
+    def after_fork(self) -> None:
+        """Start afresh in a child: nobody there holds BLAS any more."""
+        self.lock = threading.Lock()
+        if self.holders:
+            self.holders = 0
+            self._set(self.before)
+            self.before = []
+
+    def enter_worker(self) -> None:
+        """Hold BLAS to one thread in a worker where OpenMP counts threads by their caller."""
+        for library in self._find():
+            if getattr(library, "threading_layer", None) == "openmp":
+                library.set_num_threads(1)
+
+
+_blas = _Blas()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_blas.after_fork)
+
+
+def share() -> int:
+    """Return how many threads a call that starts now should take: those that BLAS would."""
+    return _blas.share()
+
+
+def run_all(task: Callable[[int], None], count: int, threads: int) -> None:
+    """Call ``task(i)`` for every `i` below `count` on `threads` threads, the caller's among them.
+
+    After an exception no further task is begun; it is raised, as the same object, once the tasks
+    under way have ended.
+    """
+    numbers = iter(range(count))
+    lock = threading.Lock()
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                with lock:
+                    i = next(numbers, None)
+                if i is None:
+                    return
+                task(i)
+        except BaseException:
+            stop.set()
+            raise
+
+    with (
+        _blas.single_threaded(),
+        ThreadPoolExecutor(threads - 1, "chunkattn", _blas.enter_worker) as pool,
+    ):
+        workers = [pool.submit(copy_context().run, work) for _ in range(threads - 1)]
+        work()
+    for worker in workers:
+        worker.result()

@@ -1,0 +1,29 @@
+"""CuPy: NumPy's in-place verbs on one stream, whole batches at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy as cp
+
+from .generic import Array
+from .numpy import InPlace
+
+
+class Adapter(InPlace):
+    """CuPy."""
+
+    library = cp
+    name = "cupy"
+    chunk_sizes = (2048, 2048)
+    tile_elements = 2**26
+
+    @property
+    def floats(self) -> dict[str, Any]:
+        """CuPy's floating dtypes; it has no bfloat16."""
+        return {name: cp.dtype(name) for name in ("float16", "float32", "float64")}
+
+    def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
+        """Call the algorithm on the device that holds the arrays."""
+        with arrays["query"].device:
+            return tuple(algorithm(self, spec, arrays))

@@ -1,0 +1,186 @@
+"""The adapter for any library of the array API standard, and the contract of every adapter.
+
+An adapter stands in for its library's namespace in the algorithm: an attribute that it does
+not define is the namespace's own (``xp.exp``, ``xp.sum``, …).  On top of that it has these verbs,
+here written with the standard alone (2021.12 and later):
+
+====================  ======================================================================
+``floats``            name to dtype of the floating dtypes that attention takes
+``device(x)``         where `x` lives, or None where that cannot be told (a traced array)
+``new(like, …)``      a filled array on the device of `like`
+``index(like, n)``    the integers 0 … n-1 on the device of `like`
+``cast(x, dtype)``    `x` in `dtype`, itself where it is already
+``read``, ``write``   a run of entries along an axis; `start` may be traced
+``workspace``         memory that `matmul` may write to again and again, or None
+``matmul``            the product in the dtype of its operands, which have the compute dtype
+``exp_``, ``hide``    exponential and masking; may overwrite their argument
+``maximum``           the larger of two arrays, element by element (standard since 2023.12)
+``as_index``          an integer array of no axes as loop bound
+``smaller, larger``   of two loop bounds
+``when``              a choice between two functions by a boolean array of no axes
+``fold``              a loop that carries a state
+``each``              a loop whose steps write to places that do not overlap
+``run``               calls the algorithm on the request's arrays
+====================  ======================================================================
+
+Two tricks spare the algorithm a branch per library.  ``x *= y`` works in place where arrays are
+mutable and makes a new array where they are not.  A loop index is an ``int`` or a traced scalar,
+and the same arithmetic serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import array_api_compat
+
+Array = Any
+State = Any
+Index = Any  # an int, or a traced integer array of no axes
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class Adapter:
+    """The standard's own way to do each verb; ``namespace`` is the library's namespace."""
+
+    #: (query chunk, key chunk) to take where the caller names none
+    chunk_sizes = (512, 1024)
+    #: score elements of one tile, over all batch entries and heads that it spans
+    tile_elements = 2**20
+    #: True where batch entries and heads may be split over several tasks
+    splits_batch = True
+
+    def __init__(self, namespace: Any) -> None:
+        self.namespace = namespace
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.namespace, name)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__module__}.Adapter of {self.namespace.__name__}>"
+
+    @property
+    def name(self) -> str:
+        """The library's name as users know it."""
+        return str(self.namespace.__name__)
+
+    @property
+    def floats(self) -> dict[str, Any]:
+        """The floating dtypes that this library has, of those that attention takes."""
+        return {name: getattr(self, name) for name in FLOATS if hasattr(self.namespace, name)}
+
+    def is_integer(self, dtype: Any) -> bool:
+        """Whether `dtype` is a signed or unsigned integer (not boolean)."""
+        names = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+        return any(dtype == getattr(self.namespace, name, None) for name in names)
+
+    def is_bool(self, dtype: Any) -> bool:
+        """Whether `dtype` is the library's boolean."""
+        return bool(dtype == self.bool)
+
+    def check(self, x: Array, name: str) -> None:
+        """Refuse an array of this library that attention would misread."""
+
+    def traced(self, x: Array) -> bool:
+        """Whether `x` stands for values that are not known yet."""
+        return False
+
+    def device(self, x: Array) -> Any:
+        """Where `x` lives; None where that cannot be told."""
+        return array_api_compat.device(x)
+
+    def new(self, like: Array, shape: Sequence[int], fill: float, dtype: Any) -> Array:
+        """Return an array of `shape` and `dtype` full of `fill`, on the device of `like`."""
+        return self.full(tuple(shape), fill, dtype=dtype, device=self.device(like))
+
+    def index(self, like: Array, size: int) -> Array:
+        """Return the integers 0 … size-1 on the device of `like`."""
+        return self.arange(size, device=self.device(like))
+
+    def cast(self, x: Array, dtype: Any) -> Array:
+        """Return `x` in `dtype`: `x` itself where it has it already."""
+        return x if x.dtype == dtype else self.astype(x, dtype)
+
+    def read(self, x: Array, axis: int, start: Index, size: int) -> Array:
+        """Return the `size` entries from `start` on along `axis`, counted from the end (< 0)."""
+        return x[(..., slice(start, start + size)) + (slice(None),) * (-axis - 1)]
+
+    def write(self, x: Array, value: Array, block: tuple[slice, ...], start: Index) -> Array:
+        """Put `value` into rows `start`, … (axis -2) of a block; return `x` or its successor."""
+        x[(*block, slice(start, start + value.shape[-2]), slice(None))] = value
+        return x
+
+    def workspace(self, like: Array, size: int, dtype: Any) -> Array | None:
+        """Return memory for `size` elements that `matmul` may write to, or None."""
+        return None
+
+    def matmul(self, a: Array, b: Array, workspace: Array | None = None) -> Array:
+        """Return ``a @ b``, accumulated in its dtype; it may live in `workspace`."""
+        return self.namespace.matmul(a, b)
+
+    def exp_(self, x: Array) -> Array:
+        """Return ``exp(x)``; `x` may be overwritten."""
+        return self.exp(x)
+
+    def hide(self, scores: Array, allowed: Array) -> Array:
+        """Return `scores` with -inf where not `allowed`; `scores` may be overwritten."""
+        return self.where(allowed, scores, self.new(scores, (), -float("inf"), scores.dtype))
+
+    def maximum(self, a: Array, b: Array) -> Array:
+        """Return the larger of `a` and `b`, NaN where either is NaN."""
+        return self.where((a > b) | (a != a), a, b)
+
+    def as_index(self, x: Array) -> Index:
+        """Return an integer array of no axes as something to bound a loop with."""
+        return int(x)
+
+    def smaller(self, a: Index, b: Index) -> Index:
+        """Return the smaller of two loop bounds."""
+        return min(a, b)
+
+    def larger(self, a: Index, b: Index) -> Index:
+        """Return the larger of two loop bounds."""
+        return max(a, b)
+
+    def when(self, test: Array, then: Callable[[], Array], other: Callable[[], Array]) -> Array:
+        """Return ``then()`` where `test` holds, else ``other()``.
+
+        `then` must be right in either case: a library that cannot branch takes it always.
+        """
+        return then() if test else other()
+
+    def fold(
+        self, step: Callable[[State, Index], State], state: State, start: Index, stop: Index
+    ) -> State:
+        """Return the state after ``state = step(state, i)`` for `i` from `start` to `stop`."""
+        for i in range(start, stop):
+            state = step(state, i)
+        return state
+
+    def each(
+        self,
+        step: Callable[[State, Index], State],
+        state: State,
+        count: int,
+        done: Callable[[], None] | None = None,
+    ) -> State:
+        """Fold over ``range(count)`` with steps that write to disjoint places, in any order.
+
+        `done` is called after each step, for a progress report.
+        """
+        for i in range(count):
+            state = step(state, i)
+            if done is not None:
+                done()
+        return state
+
+    def run(
+        self,
+        algorithm: Callable[[Any, Any, dict[str, Any]], tuple[Array, ...]],
+        spec: Any,
+        arrays: dict[str, Any],
+    ) -> tuple[Array, ...]:
+        """Return ``algorithm(self, spec, arrays)``; `spec` is hashable, `arrays` hold the data."""
+        return algorithm(self, spec, arrays)

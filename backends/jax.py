@@ -1,0 +1,133 @@
+"""JAX: loops and choices that trace, and one compiled call per shapes and keywords."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import generic
+from .generic import Array, Index, State
+
+# Returns its argument; under vmap, whether it holds anywhere in the batch, as one unbatched bool: a
+# `lax.cond` on an unbatched test stays a branch, where a batched one would compute both sides.
+_anywhere = jax.custom_batching.custom_vmap(lambda test: test)
+_anywhere.def_vmap(lambda size, batched, test: (_anywhere(jnp.any(test, axis=0)), False))
+
+
+@functools.lru_cache
+def _compiled(algorithm: Callable[..., Any], adapter: Adapter) -> Any:
+    return jax.jit(functools.partial(algorithm, adapter), static_argnums=0)
+
+
+def _static(*bounds: Index) -> bool:
+    return all(isinstance(bound, int) for bound in bounds)
+
+
+class Adapter(generic.Adapter):
+    """JAX, eager and under its transformations."""
+
+    name = "jax"
+    splits_batch = False
+
+    @property
+    def floats(self) -> dict[str, Any]:
+        """JAX's floating dtypes; float64 only where it is enabled."""
+        found = {name: jnp.dtype(name) for name in generic.FLOATS}
+        if not jax.config.jax_enable_x64:
+            del found["float64"]
+        return found
+
+    def is_integer(self, dtype: Any) -> bool:
+        """Whether `dtype` is an integer."""
+        return bool(jnp.issubdtype(dtype, jnp.integer))
+
+    def traced(self, x: Array) -> bool:
+        """Whether `x` stands for values that are not known yet."""
+        return isinstance(x, jax.core.Tracer)
+
+    def device(self, x: Array) -> Any:
+        """Return the devices that `x` is committed to; None for a tracer or a free array."""
+        if self.traced(x) or not x.committed:
+            return None
+        return frozenset(x.devices())
+
+    def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
+        """Return an array of `shape` and `dtype` full of `fill`."""
+        return jnp.full(tuple(shape), fill, dtype=dtype)
+
+    def index(self, like: Array, size: int) -> Array:
+        """Return the integers 0 … size-1."""
+        return jnp.arange(size)
+
+    def read(self, x: Array, axis: int, start: Index, size: int) -> Array:
+        """Return the `size` entries from `start` on along `axis`."""
+        return lax.dynamic_slice_in_dim(x, start, size, x.ndim + axis)
+
+    def write(self, x: Array, value: Array, block: tuple[slice, ...], start: Index) -> Array:
+        """Return `x` with `value` in rows `start`, …; a block is the whole batch here."""
+        return lax.dynamic_update_slice_in_dim(x, value, start, x.ndim - 2)
+
+    def matmul(self, a: Array, b: Array, workspace: Array | None = None) -> Array:
+        """Return ``a @ b``, in full precision unless `jax.default_matmul_precision` is set."""
+        chosen = jax.config.jax_default_matmul_precision
+        return jnp.matmul(a, b, precision=lax.Precision.HIGHEST if chosen is None else None)
+
+    def maximum(self, a: Array, b: Array) -> Array:
+        """Return the larger of `a` and `b`, NaN where either is NaN."""
+        return jnp.maximum(a, b)
+
+    def as_index(self, x: Array) -> Index:
+        """Return `x`, which may be traced."""
+        return x
+
+    def smaller(self, a: Index, b: Index) -> Index:
+        """Return the smaller bound, traced where either is."""
+        return min(a, b) if _static(a, b) else jnp.minimum(a, b)
+
+    def larger(self, a: Index, b: Index) -> Index:
+        """Return the larger bound, traced where either is."""
+        return max(a, b) if _static(a, b) else jnp.maximum(a, b)
+
+    def when(self, test: Array, then: Callable[[], Array], other: Callable[[], Array]) -> Array:
+        """Branch on a traced test."""
+        return lax.cond(_anywhere(lax.stop_gradient(test)), then, other)
+
+    def fold(
+        self, step: Callable[[State, Index], State], state: State, start: Index, stop: Index
+    ) -> State:
+        """Loop with bounds that may be traced; an empty loop leaves no trace."""
+        if start is stop or (_static(start, stop) and start >= stop):
+            return state
+        if not _static(start, stop):
+            start, stop = jnp.asarray(start, int), jnp.asarray(stop, int)
+        return lax.fori_loop(start, stop, lambda i, state: step(state, i), state)
+
+    def each(
+        self,
+        step: Callable[[State, Index], State],
+        state: State,
+        count: int,
+        done: Callable[[], None] | None = None,
+    ) -> State:
+        """Loop over the tasks in order, and call back after each."""
+
+        def reported(state: State, i: Index) -> State:
+            state = step(state, i)
+            if done is not None:
+                jax.debug.callback(lambda _: done(), state[-1].ravel()[0])
+            return state
+
+        return self.fold(reported, state, 0, count)
+
+    def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
+        """Call the algorithm compiled; the compilation is kept for equal shapes and keywords."""
+        results = _compiled(algorithm, self)(spec, arrays)
+        if spec.done is not None:
+            jax.block_until_ready(results)
+            jax.effects_barrier()
+        return tuple(results)

@@ -1,0 +1,110 @@
+"""NumPy: products, exponentials and masks in place, tasks on a pool of threads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import _threads, generic
+from .generic import Array, Index, State
+
+
+class InPlace(generic.Adapter):
+    """The verbs of libraries whose ufuncs take ``out``, on the ``library`` of the subclass."""
+
+    library: Any
+
+    def device(self, x: Array) -> Any:
+        """Where `x` lives."""
+        return x.device
+
+    def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
+        """Return an array of `shape` and `dtype` full of `fill`."""
+        return self.library.full(tuple(shape), fill, dtype=dtype)
+
+    def index(self, like: Array, size: int) -> Array:
+        """Return the integers 0 … size-1."""
+        return self.library.arange(size)
+
+    def workspace(self, like: Array, size: int, dtype: Any) -> Array | None:
+        """Return flat memory for `size` elements."""
+        return self.library.empty(size, dtype=dtype)
+
+    def matmul(self, a: Array, b: Array, workspace: Array | None = None) -> Array:
+        """Return ``a @ b``, in `workspace` where there is one."""
+        if workspace is None:
+            return self.library.matmul(a, b)
+        lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        shape = (*lead, a.shape[-2], b.shape[-1])
+        out = workspace[: int(np.prod(shape))].reshape(shape)
+        return self.library.matmul(a, b, out=out)
+
+    def exp_(self, x: Array) -> Array:
+        """Overwrite `x` with its exponential."""
+        return self.library.exp(x, out=x)
+
+    def hide(self, scores: Array, allowed: Array) -> Array:
+        """Overwrite `scores` with -inf where not `allowed`."""
+        self.library.copyto(scores, -self.library.inf, where=~allowed)
+        return scores
+
+    def maximum(self, a: Array, b: Array) -> Array:
+        """Return the larger of `a` and `b`, NaN where either is NaN."""
+        return self.library.maximum(a, b)
+
+
+class Adapter(InPlace):
+    """NumPy; also arrays of ml_dtypes' bfloat16."""
+
+    library = np
+    name = "numpy"
+
+    @property
+    def floats(self) -> dict[str, Any]:
+        """NumPy's dtypes, and bfloat16 once ml_dtypes is loaded."""
+        found = {"float16": np.float16, "float32": np.float32, "float64": np.float64}
+        ml_dtypes = sys.modules.get("ml_dtypes")
+        if ml_dtypes is not None:
+            found["bfloat16"] = ml_dtypes.bfloat16
+        return {name: np.dtype(dtype) for name, dtype in found.items()}
+
+    def check(self, x: Array, name: str) -> None:
+        """Refuse masked arrays, whose mask would be lost, and matrices."""
+        if isinstance(x, np.ma.MaskedArray | np.matrix):
+            raise TypeError(
+                f"{name} is a {type(x).__module__}.{type(x).__qualname__}, whose own rules "
+                f"attention would ignore; pass a plain array (numpy.asarray({name}))"
+            )
+
+    def each(
+        self,
+        step: Callable[[State, Index], State],
+        state: State,
+        count: int,
+        done: Callable[[], None] | None = None,
+    ) -> State:
+        """Run the steps on as many threads as BLAS would use."""
+        threads = min(count, _threads.share())
+        if threads < 2:
+            return super().each(step, state, count, done)
+
+        def task(i: int) -> None:
+            with np.errstate(all="ignore"):
+                step(state, i)
+            if done is not None:
+                done()
+
+        _threads.run_all(task, count, threads)
+        return state
+
+    def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
+        """Call the algorithm on base-class arrays, and let inf and NaN pass without warnings."""
+        plain = {
+            name: x.view(np.ndarray) if isinstance(x, np.ndarray) else x
+            for name, x in arrays.items()
+        }
+        with np.errstate(all="ignore"):
+            return tuple(algorithm(self, spec, plain))

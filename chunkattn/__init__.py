@@ -1,0 +1,12 @@
+"""Exact attention in memory linear in the sequence length, on any array library.
+
+One algorithm, written against the Python array API standard, serves NumPy, CuPy, JAX, PyTorch and
+every other library of the standard.
+"""
+
+from . import masks
+from ._attention import attention
+from ._pieces import OnlineAttention, merge
+
+__version__ = "0.1.0"
+__all__ = ["OnlineAttention", "attention", "masks", "merge"]

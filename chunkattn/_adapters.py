@@ -1,0 +1,73 @@
+"""From an array to its library's adapter, loaded on the first array of that library."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import array_api_compat
+
+Array = Any
+
+# The top-level module that defines an array class, to the adapter in backends/.
+_ADAPTERS = {"numpy": "numpy", "cupy": "cupy", "torch": "torch", "jax": "jax", "jaxlib": "jax"}
+
+
+@lru_cache
+def _named(module: str, namespace: Any) -> Any:
+    return import_module(f"{__package__}.backends.{module}").Adapter(namespace)
+
+
+@lru_cache
+def _known(cls: Any) -> str | None:
+    """Return the adapter's name for an array class, found through its bases; else None."""
+    roots = (base.__module__.partition(".")[0] for base in cls.__mro__)
+    return next((_ADAPTERS[root] for root in roots if root in _ADAPTERS), None)
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array of a library that attention can take."""
+    return hasattr(x, "shape") and array_api_compat.is_array_api_obj(x)
+
+
+def adapter_of(x: Array, name: str) -> Any:
+    """Return the adapter for the array `x`, the argument called `name`."""
+    if not is_array(x):
+        raise TypeError(
+            f"{name} must be an array of an array API library (NumPy, CuPy, JAX, PyTorch, …), "
+            f"not {_class_name(x)}"
+        )
+    cls: Any = type(x)
+    module = _known(cls) or "generic"
+    adapter = _named(module, array_api_compat.array_namespace(x))
+    adapter.check(x, name)
+    return adapter
+
+
+def common_adapter(arrays: dict[str, Array]) -> Any:
+    """Return the adapter that all `arrays`, by argument name, share; refuse two libraries."""
+    (first, x), *rest = arrays.items()
+    xp = adapter_of(x, first)
+    device, place = xp.device(x), first
+    for name, y in rest:
+        other = adapter_of(y, name)
+        if other is not xp:
+            raise TypeError(
+                f"{first} is a {xp.name} array and {name} is a {other.name} array; "
+                "all arrays of a call must come from one library"
+            )
+        elsewhere = xp.device(y)
+        if device is None:
+            device, place = elsewhere, name
+        elif elsewhere is not None and elsewhere != device:
+            raise ValueError(
+                f"{place} is on device {device} and {name} is on device {elsewhere}; "
+                "all arrays of a call must be on one device"
+            )
+    return xp
+
+
+def _class_name(x: Any) -> str:
+    cls = type(x)
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"

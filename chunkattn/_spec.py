@@ -1,0 +1,131 @@
+"""What a call asks for, apart from its data: hashable, so that a compilation can be kept for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from .masks import Mask
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the work is cut: into tiles of queries and keys, and blocks of batch entries and heads.
+
+    `block` counts the batch entries and key heads that one task takes, axis by axis.
+    """
+
+    query_chunk: int
+    key_chunk: int
+    block: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The static part of a call; the arrays travel beside it in a dict by argument name."""
+
+    batch: tuple[int, ...]
+    heads: int
+    key_heads: int
+    n_q: int
+    n_k: int
+    d_v: int
+    headless: bool  # the arrays are (n, d)
+    layout: str
+    dtype: Any
+    compute: Any
+    softcap: float | None
+    masks: tuple[Mask, ...]  # without their arrays
+    schedule: Schedule
+    standard: bool = False
+    partial: bool = False  # return the summary instead of its `finish`, for a stream
+    done: Callable[[], None] | None = None  # called after each task
+
+    @property
+    def group(self) -> int:
+        """Query heads to a key head."""
+        return self.heads // self.key_heads if self.key_heads else 1
+
+    @property
+    def functional(self) -> bool:
+        """Whether nothing is overwritten, so that an autograd that watches the calls can follow."""
+        return self.standard
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The batch axes and the key heads: what blocks are cut from."""
+        return (*self.batch, self.key_heads)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return prod(-(-n // size) for n, size in zip(self.lead, self.schedule.block, strict=True))
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks: blocks times query chunks."""
+        return self.blocks * -(-self.n_q // self.schedule.query_chunk)
+
+    def block(self, number: Any) -> tuple[slice, ...]:
+        """Return the slices of block `number` on the batch axes and the axis of key heads."""
+        if self.blocks == 1:
+            return (slice(None),) * len(self.lead)
+        slices = []
+        for n, size in zip(reversed(self.lead), reversed(self.schedule.block), strict=True):
+            number, place = divmod(number, -(-n // size))
+            slices.append(slice(place * size, min((place + 1) * size, n)))
+        return tuple(reversed(slices))
+
+
+def pieces(n: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Yield ``(size, first, count)`` of the full chunks of an axis, then of the shorter last one.
+
+    Examples
+    --------
+    >>> list(pieces(10, 4))
+    [(4, 0, 2), (2, 8, 1)]
+    """
+    full, rest = divmod(n, size)
+    if full:
+        yield size, 0, full
+    if rest:
+        yield rest, n - rest, 1
+
+
+def schedule(
+    xp: Any,
+    lead: tuple[int, ...],
+    group: int,
+    n_q: int,
+    n_k: int,
+    query_chunk_size: int | None,
+    key_chunk_size: int | None,
+) -> Schedule:
+    """Choose the chunks: those asked for, else the library's, shrunk until a tile fits its budget.
+
+    Where a library's tasks span the whole batch, the tile's size counts every batch entry.
+    """
+    rows, cols = xp.chunk_sizes
+    rows, cols = (
+        max(1, min(n_q, query_chunk_size or rows)),
+        max(1, min(n_k, key_chunk_size or cols)),
+    )
+    budget = xp.tile_elements // group
+    if not xp.splits_batch:
+        while prod(lead) * rows * cols > budget and max(rows, cols) > 64:
+            if rows >= cols and query_chunk_size is None and rows > 64:
+                rows = -(-rows // 2)
+            elif key_chunk_size is None and cols > 64:
+                cols = -(-cols // 2)
+            else:
+                break
+        return Schedule(rows, cols, tuple(max(1, n) for n in lead))
+    room = max(1, budget // (rows * cols))
+    block = []
+    for n in reversed(lead):
+        size = max(1, min(n, room))
+        block.append(size)
+        room = room // size if size == n else 1
+    return Schedule(rows, cols, tuple(reversed(block)))

@@ -1,0 +1,249 @@
+"""Views of a call's arrays: the whole problem, a range of its queries, a tile of its scores.
+
+Inside, every array has the axes ``(*batch, heads, n, d)``; an axis of length 1 broadcasts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from typing import Any
+
+from ._partial import empty
+from ._spec import Spec
+from .masks import Range
+
+Array = Any
+Index = Any  # an int, or a traced integer
+
+
+def swap_layout(xp: Any, x: Array) -> Array:
+    """Exchange the axes of heads and positions: "hnd" from "nhd", or back."""
+    axes = list(range(x.ndim))
+    axes[-3], axes[-2] = axes[-2], axes[-3]
+    return xp.permute_dims(x, tuple(axes))
+
+
+def to_heads(xp: Any, form: Any, out: Array, lse: Array) -> tuple[Array, Array]:
+    """Return ``(out, lse)`` of a caller as (…, h, n, d_v) and (…, h, n, 1)."""
+    if form.headless:
+        return out[None, ...], lse[None, ..., None]
+    return (swap_layout(xp, out) if form.layout == "nhd" else out), lse[..., None]
+
+
+def to_caller(xp: Any, form: Any, out: Array, lse: Array) -> tuple[Array, Array]:
+    """Undo `to_heads`, for a `form` with the attributes ``headless`` and ``layout``."""
+    if form.headless:
+        return out[0, ...], lse[0, ..., 0]
+    return (swap_layout(xp, out) if form.layout == "nhd" else out), lse[..., 0]
+
+
+class Problem:
+    """A call's arrays as views of shape ``(*batch, heads, n, d)``, and its masks whole again."""
+
+    def __init__(self, xp: Any, spec: Spec, arrays: dict[str, Any]) -> None:
+        self.xp, self.spec = xp, spec
+        self.ndim = len(spec.batch) + 3
+        self.query, self.key, self.value = (
+            self._tokens(arrays[name]) for name in ("query", "key", "value")
+        )
+        scale = arrays["scale"]
+        self.scale = xp.cast(scale, spec.compute) if hasattr(scale, "shape") else scale
+        self.bias = self._pairs(arrays.get("bias"))
+        self.masks = tuple(
+            replace(mask, **{name: self._pairs(x) for name, x in held.items()})
+            for mask, held in zip(spec.masks, arrays["masks"], strict=True)
+        )
+        offset = arrays["query_offset"]
+        if hasattr(offset, "shape"):
+            offset = self._aligned(offset[..., None, None, None])
+        self.query_offset, self.key_offset = offset, arrays["key_offset"]
+
+    def _aligned(self, x: Array) -> Array:
+        return x[(None,) * (self.ndim - x.ndim) + (...,)]
+
+    def _pairs(self, x: Array | None) -> Array | None:
+        return None if x is None else self._aligned(x)
+
+    def _tokens(self, x: Array) -> Array:
+        if self.spec.headless:
+            x = x[None, ...]
+        elif self.spec.layout == "nhd":
+            x = swap_layout(self.xp, x)
+        return self._aligned(x)
+
+    def outputs(self) -> tuple[Array, ...]:
+        """Return new arrays for ``(out, lse)``, or for the summary of a partial call."""
+        xp, spec, query = self.xp, self.spec, self.query
+        lead = (*spec.batch, spec.heads, spec.n_q)
+        if spec.partial:
+            return empty(xp, query, lead, spec.d_v, spec.compute)
+        lse = xp.new(query, (*lead, 1), -float("inf"), spec.compute)
+        if spec.layout == "hnd":
+            return xp.new(query, (*lead, spec.d_v), 0.0, spec.dtype), lse
+        shape = (*spec.batch, spec.n_q, spec.heads, spec.d_v)
+        return swap_layout(xp, xp.new(query, shape, 0.0, spec.dtype)), lse
+
+    def results(self, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Return ``(out, lse)`` with the caller's axes; a summary stays as it is."""
+        if self.spec.partial:
+            return outputs
+        return to_caller(self.xp, self.spec, *outputs)
+
+
+class Rows:
+    """The queries ``start … start + size - 1`` of one block of batch entries and heads.
+
+    Attributes
+    ----------
+    query : array of shape (…, h_k, group · size, d)
+        The queries times the scale, in the compute dtype.
+    lead : tuple of int
+        The shape (…, h, size) of these queries.
+    heads : tuple of slice
+        The block's slices on the batch axes and the axis of query heads.
+    offset : int or array
+        The position of query 0: an int, or integers that broadcast against the tile.
+    """
+
+    def __init__(self, problem: Problem, block: tuple[slice, ...], start: Index, size: int) -> None:
+        self.problem, self.block, self.start, self.size = problem, block, start, size
+        self.xp, spec = problem.xp, problem.spec
+        *batch, keys = block
+        if spec.group > 1 and keys.start is not None:
+            keys = slice(keys.start * spec.group, keys.stop * spec.group)
+        self.heads = (*batch, keys)
+        whole = (*spec.batch, spec.heads)
+        self.lead = (*(len(range(n)[c]) for n, c in zip(whole, self.heads, strict=True)), size)
+        self.offset = problem.query_offset
+        if hasattr(self.offset, "shape"):
+            self.offset = self.of_block(self.offset, block)
+        query = self.xp.read(self.of_block(problem.query, self.heads), -2, start, size)
+        self.query = self.grouped(self.xp.cast(query, spec.compute) * problem.scale)
+
+    def of_block(self, x: Array, block: tuple[slice, ...]) -> Array:
+        """Return this block's part of `x`; axes of length 1 broadcast and stay."""
+        if all(cut == slice(None) for cut in block):
+            return x
+        shape = x.shape[: len(block)]
+        cuts = (slice(None) if n == 1 else cut for n, cut in zip(shape, block, strict=True))
+        return x[(*cuts, ...)]
+
+    def grouped(self, x: Array) -> Array:
+        """Stack the rows of the query heads that share a key head: one product serves them."""
+        group = self.problem.spec.group
+        if group == 1:
+            return x
+        *batch, heads, rows, cols = x.shape
+        return self.xp.reshape(x, (*batch, heads // group, group * rows, cols))
+
+    def ungrouped(self, x: Array) -> Array:
+        """Undo `grouped`."""
+        group = self.problem.spec.group
+        if group == 1:
+            return x
+        *batch, heads, rows, cols = x.shape
+        return self.xp.reshape(x, (*batch, heads * group, rows // group, cols))
+
+    @property
+    def first(self) -> Index:
+        """The smallest position of these queries."""
+        return self.start + self._offset_bound("min")
+
+    @property
+    def last(self) -> Index:
+        """The largest position of these queries."""
+        return self.start + self.size - 1 + self._offset_bound("max")
+
+    def _offset_bound(self, extreme: str) -> Index:
+        if not hasattr(self.offset, "shape"):
+            return self.offset
+        return self.xp.as_index(getattr(self.xp, extreme)(self.offset))
+
+    def spans(self, size: int, first: int, count: int) -> list[tuple[Index, Index, bool]]:
+        """Return which key chunks to visit, as ``(start, stop, masked)`` of chunk numbers.
+
+        The `count` chunks of `size` keys begin at key `first`.  Chunks that no query sees are in
+        no span, and those that every query sees whole are in one that is not masked.
+        """
+        xp, masks = self.xp, self.problem.masks
+        if not masks:
+            return [(0, count, False)]
+
+        def chunk(position: Index, up: int, low: Index, high: Index) -> Index:
+            number = (position - self.problem.key_offset - first + up) // size
+            return xp.smaller(xp.larger(number, low), high)
+
+        low, high = _common(xp, [mask.key_range(self) for mask in masks])
+        start = 0 if low is None else chunk(low, 0, 0, count)
+        stop = count if high is None else chunk(high, size - 1, start, count)
+        ranges = [full for mask in masks if (full := mask.full_range(self)) is not None]
+        if len(ranges) < len(masks):
+            return [(start, stop, True)]
+        low, high = _common(xp, ranges)
+        whole = start if low is None else chunk(low, size - 1, start, stop)
+        ragged = stop if high is None else chunk(high, 0, whole, stop)
+        return [(start, whole, True), (whole, ragged, False), (ragged, stop, True)]
+
+
+def _common(xp: Any, ranges: list[Range]) -> Range:
+    """Return the intersection of ranges whose ends may be None."""
+    lows = [low for low, _ in ranges if low is not None]
+    highs = [high for _, high in ranges if high is not None]
+    return (
+        reduce(xp.larger, lows) if lows else None,
+        reduce(xp.smaller, highs) if highs else None,
+    )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The scores of `rows` with the keys ``start … start + size - 1``: (…, h, rows, keys)."""
+
+    rows: Rows
+    start: Index
+    size: int
+    masked: bool
+
+    @property
+    def xp(self) -> Any:
+        """The library's adapter."""
+        return self.rows.xp
+
+    @cached_property
+    def q_idx(self) -> Array:
+        """Query positions, broadcasting against the tile."""
+        rows = self.rows
+        index = self.xp.index(rows.problem.query, rows.size)[:, None] + rows.start
+        return rows.problem._aligned(index) + rows.offset
+
+    @cached_property
+    def kv_idx(self) -> Array:
+        """Key positions, broadcasting against the tile."""
+        problem = self.rows.problem
+        index = self.xp.index(problem.query, self.size) + (self.start + problem.key_offset)
+        return problem._aligned(index)
+
+    def slice(self, x: Array) -> Array:
+        """Return the tile's part of an array that broadcasts to ``(…, h, n_q, n_k)``."""
+        x = self.rows.of_block(x, self.rows.heads)
+        if x.shape[-2] != 1:
+            x = self.xp.read(x, -2, self.rows.start, self.rows.size)
+        if x.shape[-1] != 1:
+            x = self.xp.read(x, -1, self.start, self.size)
+        return x
+
+    def _of_keys(self, x: Array) -> Array:
+        rows = self.rows
+        x = self.xp.read(rows.of_block(x, rows.block), -2, self.start, self.size)
+        return self.xp.cast(x, rows.problem.spec.compute)
+
+    @property
+    def key(self) -> Array:
+        """The tile's keys in the compute dtype: (…, h_k, size, d)."""
+        return self._of_keys(self.rows.problem.key)
+
+    @property
+    def value(self) -> Array:
+        """The tile's values in the compute dtype: (…, h_k, size, d_v)."""
+        return self._of_keys(self.rows.problem.value)

@@ -1,0 +1,246 @@
+"""The libraries that the conformance suite runs on, each behind the same few methods."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+
+STRICT_VERSIONS = ("2021.12", "2022.12", "2023.12", "2024.12", "2025.12")
+CPU = (
+    "numpy",
+    "numpy-readonly",
+    "numpy-bfloat16",
+    *(f"array-api-strict-{version}" for version in STRICT_VERSIONS),
+    "torch",
+    "jax",
+    "jax-jit",
+)
+GPU = ("cupy", "torch-cuda", "jax-cuda")
+
+
+class Library:
+    """NumPy; the other libraries override what differs."""
+
+    dtypes = ("float16", "float32", "float64")
+    default = "float32"
+    eager = True
+
+    def __init__(self, name):
+        self.name = name
+        self.xp = self.load()
+
+    def __repr__(self):
+        return self.name
+
+    def load(self):
+        return np
+
+    @contextmanager
+    def active(self):
+        """Hold the settings that the library's tests run under."""
+        yield
+
+    def dtype(self, name):
+        return np.dtype(name)
+
+    def asarray(self, x, dtype=None):
+        """Return a NumPy array as one of this library, floats in `dtype` (the default's)."""
+        x = np.asarray(x)
+        if x.dtype.kind == "f":
+            x = x.astype(self.dtype(dtype or self.default))
+        return x
+
+    def numpy(self, x):
+        """Return an array of this library as NumPy's: floats in float64."""
+        x = np.asarray(x)
+        return x if x.dtype.kind in "biu" else x.astype(np.float64)
+
+    def call(self, function, *args, **kwargs):
+        """Call `function` the way this library's users do."""
+        return function(*args, **kwargs)
+
+    def is_own(self, x):
+        """Whether `x` is an array of this library on this fixture's device."""
+        return type(x) is np.ndarray
+
+    def eps(self, dtype):
+        """Return the spacing at 1 of a dtype by name."""
+        return {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2**-52}[dtype]
+
+
+class ReadOnly(Library):
+    def asarray(self, x, dtype=None):
+        x = super().asarray(x, dtype).copy()
+        x.flags.writeable = False
+        return x
+
+
+class Bfloat16(Library):
+    dtypes = ("bfloat16",)
+    default = "bfloat16"
+
+    def dtype(self, name):
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+class Strict(Library):
+    dtypes = ("float32", "float64")
+
+    def load(self):
+        import array_api_strict
+
+        return array_api_strict
+
+    @contextmanager
+    def active(self):
+        version = self.name.removeprefix("array-api-strict-")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The 2021.12 version", UserWarning)
+            with self.xp.ArrayAPIStrictFlags(
+                api_version=version,
+                boolean_indexing=False,
+                data_dependent_shapes=False,
+                enabled_extensions=(),
+            ):
+                yield
+
+    def dtype(self, name):
+        return getattr(self.xp, name)
+
+    def asarray(self, x, dtype=None):
+        x = np.asarray(x)
+        name = (dtype or self.default) if x.dtype.kind == "f" else x.dtype.name
+        return self.xp.asarray(x.astype(name))
+
+    def numpy(self, x):
+        x = np.asarray(x._array)
+        return x if x.dtype.kind in "biu" else x.astype(np.float64)
+
+    def is_own(self, x):
+        return type(x) is type(self.xp.asarray(0.0))
+
+
+class Torch(Library):
+    dtypes = ("float16", "bfloat16", "float32", "float64")
+    device = "cpu"
+
+    def load(self):
+        import torch
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("torch finds no CUDA device")
+        return torch
+
+    def dtype(self, name):
+        return getattr(self.xp, name)
+
+    def asarray(self, x, dtype=None):
+        x = np.asarray(x)
+        wanted = self.dtype((dtype or self.default) if x.dtype.kind == "f" else x.dtype.name)
+        return self.xp.asarray(x.copy(), device=self.device).to(wanted)
+
+    def numpy(self, x):
+        x = x.detach().cpu()
+        return x.double().numpy() if x.is_floating_point() else x.numpy()
+
+    def is_own(self, x):
+        return type(x) is self.xp.Tensor and x.device.type == self.device
+
+
+class TorchCuda(Torch):
+    device = "cuda"
+
+
+class Jax(Library):
+    dtypes = ("float16", "bfloat16", "float32", "float64")
+    platform = "cpu"
+
+    def load(self):
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        self.device = jax.devices(self.platform)[0]
+        return jax.numpy
+
+    def dtype(self, name):
+        return self.xp.dtype(name)
+
+    def asarray(self, x, dtype=None):
+        import jax
+
+        x = np.asarray(x)
+        if x.dtype.kind == "f":
+            x = x.astype(self.dtype(dtype or self.default))
+        return jax.device_put(self.xp.asarray(x), self.device)
+
+    def is_own(self, x):
+        import jax
+
+        return isinstance(x, jax.Array) and x.devices() == {self.device}
+
+
+class JaxCuda(Jax):
+    platform = "cuda"
+
+
+class JaxJit(Jax):
+    """JAX with every call under `jax.jit`: all arrays are traced."""
+
+    eager = False
+
+    def call(self, function, *args, **kwargs):
+        import jax
+
+        traced = {name: x for name, x in kwargs.items() if isinstance(x, jax.Array)}
+        static = {name: x for name, x in kwargs.items() if name not in traced}
+        compiled = jax.jit(lambda args, traced: partial(function, **static)(*args, **traced))
+        return compiled(args, traced)
+
+
+class Cupy(Library):
+    def load(self):
+        import cupy
+
+        cupy.cuda.runtime.getDeviceCount()
+        return cupy
+
+    def asarray(self, x, dtype=None):
+        return self.xp.asarray(super().asarray(x, dtype))
+
+    def numpy(self, x):
+        return super().numpy(self.xp.asnumpy(x))
+
+    def is_own(self, x):
+        return type(x) is self.xp.ndarray
+
+
+_CLASSES = {
+    "numpy": Library,
+    "numpy-readonly": ReadOnly,
+    "numpy-bfloat16": Bfloat16,
+    "torch": Torch,
+    "torch-cuda": TorchCuda,
+    "jax": Jax,
+    "jax-jit": JaxJit,
+    "jax-cuda": JaxCuda,
+    "cupy": Cupy,
+}
+
+
+def library(name):
+    """Return a library by its name; ImportError or RuntimeError where it cannot be had."""
+    return Strict(name) if name.startswith("array-api-strict-") else _CLASSES[name](name)
+
+
+def present(name):
+    """Whether a GPU library finds its device here."""
+    try:
+        library(name)
+    except Exception:  # an absent library, driver or device: each raises its own
+        return False
+    return True

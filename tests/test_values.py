@@ -1,0 +1,139 @@
+"""NaN, inf and queries that see nothing: pair by pair, and without a warning."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from chunkattn import attention
+
+BAD = [np.nan, np.inf, -np.inf]
+CHUNKS = [(None, None), (4, 4), (3, 100)]
+
+
+@pytest.fixture(params=["chunked", "standard"])
+def implementation(request):
+    return request.param
+
+
+@pytest.fixture
+def quiet(lib):
+    """Let array-api-strict's NumPy meet NaN and inf, which it would warn of; nobody else."""
+    strict = lib.name.startswith("array-api-strict")
+    with np.errstate(**({"invalid": "ignore", "over": "ignore"} if strict else {})):
+        yield
+
+
+def tokens(rng, heads=2, n_q=13, n_k=17):
+    return (
+        rng.standard_normal((2, heads, n_q, 6)),
+        rng.standard_normal((2, heads, n_k, 6)),
+        rng.standard_normal((2, heads, n_k, 3)),
+    )
+
+
+@pytest.mark.feature("queries that see nothing give 0 and -inf")
+@pytest.mark.parametrize(("rows", "cols"), CHUNKS)
+def test_rows_that_see_nothing(lib, check, rng, implementation, rows, cols):
+    q, k, v = tokens(rng)
+    mask = rng.random((2, 1, 13, 17)) < 0.4
+    mask[:, :, [0, 5, 12]] = False
+    kwargs = {"query_chunk_size": rows, "key_chunk_size": cols, "implementation": implementation}
+    out, lse = (lib.numpy(x) for x in check(q, k, v, mask=mask, **kwargs))
+    assert (out[:, :, [0, 5, 12]] == 0).all()
+    assert (lse[:, :, [0, 5, 12]] == -np.inf).all()
+    check(q, k, v, mask=np.zeros((1, 1), dtype=bool), **kwargs)
+    check(q, k, v, causal=True, query_offset=-6, **kwargs)
+
+
+@pytest.mark.feature("a bias of -inf forbids a pair")
+def test_bias_of_minus_inf(check, rng, implementation):
+    q, k, v = tokens(rng)
+    bias = np.where(rng.random((13, 17)) < 0.5, -np.inf, rng.standard_normal((13, 17)))
+    bias[[2, 9]] = -np.inf
+    for cols in (4, None):
+        check(q, k, v, bias=bias, implementation=implementation, key_chunk_size=cols)
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.feature("NaN and inf behind a mask never leak")
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_hidden_keys(check, rng, implementation, bad, where):
+    """Keys that nobody may see are not seen, whatever stands in them."""
+    q, k, v = tokens(rng)
+    mask = np.ones((17,), dtype=bool)
+    mask[[0, 3, 16]] = False
+    {"key": k, "value": v}[where][:, :, ~mask] = bad
+    for rows, cols in CHUNKS:
+        check(
+            q, k, v, mask=mask, implementation=implementation,
+            query_chunk_size=rows, key_chunk_size=cols,
+        )  # fmt: skip
+    bias = np.where(mask, 0.0, -np.inf)
+    if where == "value":
+        check(q, k, v, bias=bias, implementation=implementation, key_chunk_size=4)
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.feature("visible NaN and inf reach those who see them, and no other")
+@pytest.mark.parametrize("bad", BAD)
+def test_visible_values(check, rng, implementation, bad):
+    q, k, v = tokens(rng, n_q=17)
+    v[0, 1, 5, 2] = bad
+    for rows, cols in CHUNKS:
+        kwargs = {"query_chunk_size": rows, "key_chunk_size": cols}
+        check(q, k, v, causal=True, implementation=implementation, **kwargs)
+    mask = rng.random((17, 17)) < 0.5
+    check(q, k, v, mask=mask, implementation=implementation, query_chunk_size=5)
+    v[0, 1, 7, 2] = -bad
+    check(q, k, v, mask=mask, implementation=implementation, query_chunk_size=5)
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.feature("visible NaN and inf reach those who see them, and no other")
+def test_visible_keys_and_queries(check, rng, implementation):
+    q, k, v = tokens(rng, n_q=17)
+    q[0, 0, 4, 1] = np.nan
+    k[1, 1, 6, 0] = np.nan
+    for rows, cols in CHUNKS:
+        kwargs = {"query_chunk_size": rows, "key_chunk_size": cols}
+        check(q, k, v, causal=True, implementation=implementation, **kwargs)
+        check(q, k, v, implementation=implementation, **kwargs)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_hidden_query(check, rng, implementation):
+    """A query that sees nothing gives 0, also where it is NaN itself."""
+    q, k, v = tokens(rng)
+    q[:, :, 3] = np.nan
+    mask = np.ones((13, 1), dtype=bool)
+    mask[3] = False
+    check(q, k, v, mask=mask, implementation=implementation, key_chunk_size=4)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_infinite_scores(lib, rng, implementation):
+    """An infinite product is NaN as in textbook attention, for the query that has it."""
+    q, k, v = tokens(rng)
+    q[..., 0, :], k[..., 2, :] = 1e30, 1e30
+    q, k, v = (
+        lib.asarray(x, None if "float32" not in lib.dtypes else "float32") for x in (q, k, v)
+    )
+    out = lib.numpy(lib.call(attention, q, k, v, implementation=implementation, key_chunk_size=4))
+    assert np.isnan(out[..., 0, :]).all()
+    assert np.isfinite(out[..., 1:, :]).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e4, 1e15])
+def test_scores_of_any_size(check, rng, implementation, size):
+    """Neither a sum that overflows nor a weight that underflows makes NaN, nor a warning."""
+    q, k, v = tokens(rng)
+    dtype_scale = np.sqrt(size)
+    if size > 1e4:  # one key wins outright; its lead must be beyond rounding
+        k[:, :, :] = 0.0
+        k[:, :, 7] = 1.0
+        q = np.ones_like(q)
+    elif size == 1e4:
+        q, k = np.round(q), np.round(k)  # exact products
+    check(dtype_scale * q, dtype_scale * k, v, implementation=implementation, key_chunk_size=4)
