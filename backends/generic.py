@@ -15,9 +15,11 @@ here written with the standard alone (2021.12 and later):
 ``matmul``            the product in the dtype of its operands, which have the compute dtype
 ``exp_``, ``hide``    exponential and masking; may overwrite their argument
 ``maximum``           the larger of two arrays, element by element (standard since 2023.12)
+``index_dtype``       the dtype of positions
 ``as_index``          an integer array of no axes as loop bound
 ``smaller, larger``   of two loop bounds
 ``when``              a choice between two functions by a boolean array of no axes
+``pieces``            how an axis is cut into chunks
 ``fold``              a loop that carries a state
 ``each``              a loop whose steps write to places that do not overlap
 ``run``               calls the algorithm on the request's arrays
@@ -67,6 +69,11 @@ class Adapter:
         return str(self.namespace.__name__)
 
     @property
+    def index_dtype(self) -> Any:
+        """The dtype of positions."""
+        return self.int64
+
+    @property
     def floats(self) -> dict[str, Any]:
         """The floating dtypes that this library has, of those that attention takes."""
         return {name: getattr(self, name) for name in FLOATS if hasattr(self.namespace, name)}
@@ -97,7 +104,7 @@ class Adapter:
 
     def index(self, like: Array, size: int) -> Array:
         """Return the integers 0 … size-1 on the device of `like`."""
-        return self.arange(size, device=self.device(like))
+        return self.arange(size, dtype=self.index_dtype, device=self.device(like))
 
     def cast(self, x: Array, dtype: Any) -> Array:
         """Return `x` in `dtype`: `x` itself where it has it already."""
@@ -150,6 +157,22 @@ class Adapter:
         `then` must be right in either case: a library that cannot branch takes it always.
         """
         return then() if test else other()
+
+    def pieces(self, n: int, size: int) -> list[tuple[int, int, int]]:
+        """Return ``(size, first, count)`` of an axis's full chunks, then of the shorter last one.
+
+        Each piece is traced once where a library traces.
+        """
+        full, rest = divmod(n, size)
+        runs = [(size, 0, full), (rest, n - rest, 1)]
+        return [(length, first, count) for length, first, count in runs if length * count]
+
+    def query_pieces(self, n: int, size: int) -> list[tuple[int, int, int]]:
+        """Return the pieces of the axis of queries, whose last chunk may begin earlier.
+
+        A query that two chunks compute is written twice, with the same result.
+        """
+        return self.pieces(n, size)
 
     def fold(
         self, step: Callable[[State, Index], State], state: State, start: Index, stop: Index

@@ -35,6 +35,11 @@ class Adapter(generic.Adapter):
     splits_batch = False
 
     @property
+    def index_dtype(self) -> Any:
+        """JAX's default integer: int64 where that is enabled."""
+        return jnp.asarray(0).dtype
+
+    @property
     def floats(self) -> dict[str, Any]:
         """JAX's floating dtypes; float64 only where it is enabled."""
         found = {name: jnp.dtype(name) for name in generic.FLOATS}
@@ -82,8 +87,8 @@ class Adapter(generic.Adapter):
         return jnp.maximum(a, b)
 
     def as_index(self, x: Array) -> Index:
-        """Return `x`, which may be traced."""
-        return x
+        """Return `x`, which may be traced, in the dtype of positions."""
+        return x.astype(self.index_dtype)
 
     def smaller(self, a: Index, b: Index) -> Index:
         """Return the smaller bound, traced where either is."""
@@ -97,6 +102,10 @@ class Adapter(generic.Adapter):
         """Branch on a traced test."""
         return lax.cond(_anywhere(lax.stop_gradient(test)), then, other)
 
+    def query_pieces(self, n: int, size: int) -> list[tuple[int, int, int]]:
+        """Return one piece: a last chunk that begins earlier spares a second trace."""
+        return [(size, 0, -(-n // size))] if n else []
+
     def fold(
         self, step: Callable[[State, Index], State], state: State, start: Index, stop: Index
     ) -> State:
@@ -104,7 +113,7 @@ class Adapter(generic.Adapter):
         if start is stop or (_static(start, stop) and start >= stop):
             return state
         if not _static(start, stop):
-            start, stop = jnp.asarray(start, int), jnp.asarray(stop, int)
+            start, stop = (jnp.asarray(x, self.index_dtype) for x in (start, stop))
         return lax.fori_loop(start, stop, lambda i, state: step(state, i), state)
 
     def each(
@@ -125,8 +134,14 @@ class Adapter(generic.Adapter):
         return self.fold(reported, state, 0, count)
 
     def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
-        """Call the algorithm compiled; the compilation is kept for equal shapes and keywords."""
-        results = _compiled(algorithm, self)(spec, arrays)
+        """Call the algorithm compiled; the compilation is kept for equal shapes and keywords.
+
+        It is not kept where functions of the caller take part: they may have changed by the next
+        call, or hold arrays that should not outlive it.
+        """
+        own = spec.calls_back or spec.done is not None
+        compiled = _compiled.__wrapped__ if own else _compiled
+        results = compiled(algorithm, self)(spec, arrays)
         if spec.done is not None:
             jax.block_until_ready(results)
             jax.effects_barrier()

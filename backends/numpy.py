@@ -27,7 +27,7 @@ class InPlace(generic.Adapter):
 
     def index(self, like: Array, size: int) -> Array:
         """Return the integers 0 … size-1."""
-        return self.library.arange(size)
+        return self.library.arange(size, dtype=np.int64)
 
     def workspace(self, like: Array, size: int, dtype: Any) -> Array | None:
         """Return flat memory for `size` elements."""
@@ -102,9 +102,14 @@ class Adapter(InPlace):
 
     def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
         """Call the algorithm on base-class arrays, and let inf and NaN pass without warnings."""
-        plain = {
-            name: x.view(np.ndarray) if isinstance(x, np.ndarray) else x
-            for name, x in arrays.items()
-        }
         with np.errstate(all="ignore"):
-            return tuple(algorithm(self, spec, plain))
+            return tuple(algorithm(self, spec, _plain(arrays)))
+
+
+def _plain(x: Any) -> Any:
+    """Return `x` with every array in it as NumPy's base class."""
+    if isinstance(x, dict):
+        return {name: _plain(y) for name, y in x.items()}
+    if isinstance(x, tuple):
+        return tuple(map(_plain, x))
+    return x.view(np.ndarray) if isinstance(x, np.ndarray) else x

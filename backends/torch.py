@@ -21,6 +21,8 @@ class Adapter(generic.Adapter):
 
     def check(self, x: Array, name: str) -> None:
         """Refuse sparse and nested tensors."""
+        if x.is_nested:
+            raise TypeError(f"{name} is a nested tensor; pad it, or use masks.Segments")
         if x.layout != torch.strided:
             raise TypeError(f"{name} is a tensor of layout {x.layout}; it must be dense (strided)")
 

@@ -4,9 +4,9 @@ One algorithm, written against the Python array API standard, serves NumPy, CuPy
 every other library of the standard.
 """
 
-from . import masks
+from . import interop, masks
 from ._attention import attention
 from ._pieces import OnlineAttention, merge
 
 __version__ = "0.1.0"
-__all__ = ["OnlineAttention", "attention", "masks", "merge"]
+__all__ = ["OnlineAttention", "attention", "interop", "masks", "merge"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
+from numbers import Number
 from typing import Any
 
 import array_api_compat
@@ -28,7 +30,7 @@ def _known(cls: Any) -> str | None:
 
 def is_array(x: Any) -> bool:
     """Whether `x` is an array of a library that attention can take."""
-    return hasattr(x, "shape") and array_api_compat.is_array_api_obj(x)
+    return array_api_compat.is_array_api_obj(x) and not isinstance(x, Number)  # a NumPy scalar
 
 
 def adapter_of(x: Array, name: str) -> Any:
@@ -45,9 +47,9 @@ def adapter_of(x: Array, name: str) -> Any:
     return adapter
 
 
-def common_adapter(arrays: dict[str, Array]) -> Any:
-    """Return the adapter that all `arrays`, by argument name, share; refuse two libraries."""
-    (first, x), *rest = arrays.items()
+def common_adapter(arrays: Sequence[tuple[str, Array]]) -> Any:
+    """Return the adapter that all `arrays`, with their names, share; refuse two libraries."""
+    (first, x), *rest = arrays
     xp = adapter_of(x, first)
     device, place = xp.device(x), first
     for name, y in rest:

@@ -11,9 +11,9 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from ._partial import Summary, empty, finish
+from ._partial import Summary, finish
 from ._scores import gather, scores
-from ._spec import Spec, pieces
+from ._spec import Spec
 from ._tiles import Problem, Rows, Tile
 
 Array = Any
@@ -24,7 +24,7 @@ def chunked(xp: Any, spec: Spec, arrays: dict[str, Any]) -> tuple[Array, ...]:
     """Return ``(out, lse)``, or the summary ``(acc, total, top)`` where the call is partial."""
     problem = Problem(xp, spec, arrays)
     outputs = problem.outputs()
-    for size, first, count in pieces(spec.n_q, spec.schedule.query_chunk):
+    for size, first, count in xp.query_pieces(spec.n_q, spec.schedule.query_chunk):
         task = partial(_attend_queries, problem, size, first, count)
         outputs = xp.each(task, outputs, spec.blocks * count, spec.done)
     return problem.results(outputs)
@@ -36,7 +36,8 @@ def _attend_queries(
     """Write the results of one chunk of queries of one block into `outputs`."""
     xp, spec = problem.xp, problem.spec
     block, number = (0, task) if spec.blocks == 1 else divmod(task, count)
-    rows = Rows(problem, spec.block(block), first + number * size, size)
+    start = xp.smaller(first + number * size, spec.n_q - size)
+    rows = Rows(problem, spec.block(block), start, size)
     summary = _attend_keys(rows)
     results = summary if spec.partial else finish(xp, summary)
     return tuple(
@@ -48,14 +49,14 @@ def _attend_queries(
 def _attend_keys(rows: Rows) -> Summary:
     """Fold over the chunks of keys that these queries see."""
     xp, spec = rows.xp, rows.problem.spec
-    summary = empty(xp, rows.problem.query, rows.lead, spec.d_v, spec.compute)
+    summary = rows.nothing()
     workspace = xp.workspace(summary[0], prod(rows.lead) * spec.schedule.key_chunk, spec.compute)
 
     def step(masked: bool, size: int, first: int, summary: Summary, number: Index) -> Summary:
         tile = Tile(rows, first + number * size, size, masked)
         return _attend_chunk(tile, summary, workspace)
 
-    for size, first, count in pieces(spec.n_k, spec.schedule.key_chunk):
+    for size, first, count in xp.pieces(spec.n_k, spec.schedule.key_chunk):
         for start, stop, masked in rows.spans(size, first, count):
             summary = xp.fold(partial(step, masked, size, first), summary, start, stop)
     return summary

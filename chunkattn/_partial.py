@@ -23,6 +23,16 @@ def empty(xp: Any, like: Array, lead: tuple[int, ...], d_v: int, dtype: Any) -> 
     )
 
 
+def of_sinks(xp: Any, sinks: Array, dtype: Any) -> tuple[Array, Array]:
+    """Return ``(total, top)`` of one key for each head, with score `sinks` and no value.
+
+    Both have shape (h, 1, 1).  A sink of -inf is none.
+    """
+    sinks = xp.cast(sinks, dtype)[:, None, None]
+    lowest = xp.new(sinks, (), float(xp.finfo(dtype).min), dtype)
+    return xp.cast(sinks != -float("inf"), dtype), xp.maximum(sinks, lowest)
+
+
 def combine(xp: Any, one: Summary, two: Summary) -> Summary:
     """Return the summary over the keys of both."""
     top = xp.maximum(one[2], two[2])

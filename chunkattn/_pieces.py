@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
 
 from ._adapters import common_adapter, is_array
 from ._attention import run
-from ._partial import combine, finish, unfinish
-from ._request import LAYOUTS, Request, choice, index, make_request
+from ._partial import combine, finish, of_sinks, unfinish
+from ._request import LAYOUTS, broadcast, choice, index, make_request
 from ._spec import Spec
 from ._tiles import to_caller, to_heads
 
@@ -20,10 +20,11 @@ Array = Any
 class _Form:
     """The static part of a merge."""
 
-    layout: str
-    headless: bool
-    dtype: Any
+    layout: str = "hnd"
+    headless: bool = False
+    dtype: Any = None
     functional: bool = True
+    calls_back: bool = False
     done: None = None
 
 
@@ -74,11 +75,11 @@ def merge(*partials: tuple[Array, Array], layout: str = "hnd") -> tuple[Array, A
     choice("layout", layout, LAYOUTS)
     if not partials:
         raise ValueError("merge needs at least one (out, lse) pair")
-    arrays: dict[str, Array] = {}
+    arrays: list[tuple[str, Array]] = []
     for i, pair in enumerate(partials):
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(is_array, pair)):
             raise TypeError(f"partial {i} must be a pair (out, lse) of arrays; got {pair!r:.80}")
-        arrays |= {f"partial {i}: out": pair[0], f"partial {i}: lse": pair[1]}
+        arrays += [(f"partial {i}: out", pair[0]), (f"partial {i}: lse", pair[1])]
     xp = common_adapter(arrays)
     _check_partials(xp, arrays, layout)
     out = partials[0][0]
@@ -87,14 +88,15 @@ def merge(*partials: tuple[Array, Array], layout: str = "hnd") -> tuple[Array, A
     return merged
 
 
-def _check_partials(xp: Any, arrays: dict[str, Array], layout: str) -> None:
-    (_, out), (_, lse), *_ = arrays.items()
+def _check_partials(xp: Any, arrays: list[tuple[str, Array]], layout: str) -> None:
+    (_, out), (_, lse), *_ = arrays
     if len(out.shape) < 2:
-        raise ValueError(f"partial 0: out must have at least two axes; got shape {out.shape}")
+        shape = tuple(out.shape)
+        raise ValueError(f"partial 0: out must have at least two axes; got shape {shape}")
     expected = tuple(out.shape[:-1])
     if len(out.shape) > 2 and layout == "nhd":
         expected = (*expected[:-2], expected[-1], expected[-2])
-    for name, x in arrays.items():
+    for name, x in arrays:
         shape, dtype = (out.shape, out.dtype) if name.endswith("out") else (expected, lse.dtype)
         if tuple(x.shape) != tuple(shape):
             raise ValueError(
@@ -124,9 +126,12 @@ class OnlineAttention:
     ----------
     query : array of shape (…, h, n_q, d), (…, n_q, h, d) in layout "nhd", or (n_q, d)
         The queries.
-    scale, causal, mask, softcap, layout, query_chunk_size, key_chunk_size, compute_dtype
+    scale, causal, mask, softcap, score_mod, dropout, dropout_seed, layout, query_chunk_size, \
+key_chunk_size, compute_dtype
         As in `attention`.  A mask must speak of positions, since a stream's length is not known:
         arrays of pairs are refused.
+    sinks : array of shape (h,), optional
+        As in `attention`; counted once, in the result.
     query_offset : int or integer array over the batch axes, optional
         The position of query 0 among all keys to come; to be given where the mask is causal.
     key_offset : int or integer array without axes, default 0
@@ -162,6 +167,10 @@ class OnlineAttention:
         causal: bool = False,
         mask: Any = None,
         softcap: float | None = None,
+        score_mod: Any = None,
+        sinks: Array | None = None,
+        dropout: float = 0.0,
+        dropout_seed: Any = None,
         query_offset: Any = None,
         key_offset: Any = 0,
         layout: str = "hnd",
@@ -169,8 +178,10 @@ class OnlineAttention:
         key_chunk_size: int | None = None,
         compute_dtype: Any = None,
     ) -> None:
-        self._query = query
-        self._next_key = index("key_offset", key_offset, common_adapter({"query": query}))
+        self._query, self._layout = query, layout
+        self._xp = common_adapter([("query", query)])
+        self._next_key = index("key_offset", key_offset, self._xp)
+        self._sinks = sinks
         self._summary: tuple[Array, ...] | None = None
         self._spec: Spec | None = None
         self._request = partial(
@@ -180,6 +191,10 @@ class OnlineAttention:
             mask=mask,
             bias=None,
             softcap=softcap,
+            score_mod=score_mod,
+            sinks=sinks,
+            dropout=dropout,
+            dropout_seed=dropout_seed,
             query_offset=query_offset,
             layout=layout,
             query_chunk_size=query_chunk_size,
@@ -205,15 +220,12 @@ class OnlineAttention:
             This object; as it was before where the call failed.
         """
         request = self._request(self._query, key, value, key_offset=self._next_key)
-        if self._spec is not None and request.spec.d_v != self._spec.d_v:
-            raise ValueError(
-                f"value must keep its width d_v = {self._spec.d_v}; got {request.spec.d_v}"
-            )
+        spec = self._joined("key and value", request.spec)
         summary = run(request)
         if self._summary is not None:
-            summary = _combined(request, self._summary, summary)
-        self._summary, self._spec = summary, request.spec
-        self._xp, self._next_key = request.xp, self._next_key + request.spec.n_k
+            summary = request.xp.run(_combine, _Form(), {"summaries": (self._summary, summary)})
+        self._summary, self._spec = summary, spec
+        self._next_key += request.spec.n_k
         return self
 
     def merge(self, other: OnlineAttention) -> OnlineAttention:
@@ -231,22 +243,41 @@ class OnlineAttention:
         """
         if not isinstance(other, OnlineAttention):
             raise TypeError(f"other must be an OnlineAttention; got {type(other).__name__}")
+        mine, theirs = self._query, other._query
+        common_adapter([("query", mine), ("other's query", theirs)])
+        if (mine.shape, mine.dtype, self._layout) != (theirs.shape, theirs.dtype, other._layout):
+            raise ValueError(
+                "other must be a stream of the same queries (batch axes, heads, n_q and d): "
+                f"{tuple(mine.shape)} of {mine.dtype} in layout {self._layout!r}; got "
+                f"{tuple(theirs.shape)} of {theirs.dtype} in layout {other._layout!r}"
+            )
         if other._summary is None or other._spec is None:
             return self
-        if self._summary is None or self._spec is None:
-            self._summary, self._spec, self._xp = other._summary, other._spec, other._xp
-            return self
-        mine, theirs = self._spec, other._spec
-        for name in ("heads", "n_q", "d_v", "layout", "headless", "dtype", "compute"):
-            if getattr(mine, name) != getattr(theirs, name):
-                raise ValueError(
-                    f"other must have the {name} of this stream, {getattr(mine, name)}; "
-                    f"got {getattr(theirs, name)}"
-                )
-        common_adapter({"query": self._query, "other's query": other._query})
-        request = Request(self._xp, mine, {})
-        self._summary = _combined(request, self._summary, other._summary)
+        spec, summary = self._joined("other", other._spec), other._summary
+        if self._summary is not None:
+            summary = self._xp.run(_combine, _Form(), {"summaries": (self._summary, summary)})
+        self._summary, self._spec = summary, spec
         return self
+
+    def _joined(self, name: str, spec: Spec) -> Spec:
+        """Return the spec of this stream with the keys of `spec`; refuse what does not fit."""
+        if self._spec is None:
+            return spec
+        if spec.d_v != self._spec.d_v:
+            raise ValueError(
+                f"{name} must keep the width of the values, d_v = {self._spec.d_v}; got {spec.d_v}"
+            )
+        if spec.compute != self._spec.compute:
+            raise ValueError(
+                f"{name} must have the compute dtype {self._spec.compute}; got {spec.compute}"
+            )
+        batch = broadcast([self._spec.batch, spec.batch])
+        if batch is None:
+            raise ValueError(
+                f"{name} must have batch axes that broadcast with those so far, "
+                f"{self._spec.batch}; got {spec.batch}"
+            )
+        return replace(spec, batch=batch)
 
     def result(self, return_lse: bool = False) -> Any:
         """Return the attention over the keys so far; more may come.
@@ -271,19 +302,18 @@ class OnlineAttention:
         if self._summary is None or self._spec is None:
             raise ValueError("no keys yet: the shape of the result is known after an update")
         form = _Form(self._spec.layout, self._spec.headless, self._spec.dtype)
-        out, lse = self._xp.run(_finish_run, form, {"summary": self._summary})
+        arrays = {"summary": self._summary, "sinks": self._sinks}
+        out, lse = self._xp.run(_finish_run, form, arrays)
         return (out, lse) if return_lse else out
 
 
-def _combined(request: Request, *summaries: tuple[Array, ...]) -> tuple[Array, ...]:
-    form = _Form("hnd", False, None)
-    combined: tuple[Array, ...] = request.xp.run(_combine_run, form, {"summaries": summaries})
-    return combined
-
-
-def _combine_run(xp: Any, form: _Form, arrays: dict[str, Any]) -> tuple[Array, ...]:
+def _combine(xp: Any, form: _Form, arrays: dict[str, Any]) -> tuple[Array, ...]:
     return combine(xp, *arrays["summaries"])
 
 
 def _finish_run(xp: Any, form: _Form, arrays: dict[str, Any]) -> tuple[Array, ...]:
-    return _finished(xp, form, arrays["summary"])
+    summary, sinks = arrays["summary"], arrays["sinks"]
+    if sinks is not None:
+        total, top = of_sinks(xp, sinks, summary[1].dtype)
+        summary = combine(xp, summary, (xp.zeros_like(total), total, top))
+    return _finished(xp, form, summary)

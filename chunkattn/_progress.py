@@ -21,9 +21,10 @@ class Progress:
         self._count, self._total = 0, total
         self._error: BaseException | None = None
         self._bar: Any = None
+        self._new_bar: Any = None
         self._report: Callable[[int, int], Any] | None = None
         if progress is True:
-            self._bar = _tqdm()(total=total, desc="attention", unit="tile row")
+            self._new_bar = _tqdm()
             self._report = lambda done, total: self._bar.update()
         elif callable(progress):
             self._report = progress
@@ -49,6 +50,8 @@ class Progress:
                 raise
 
     def __enter__(self) -> Progress:
+        if self._new_bar is not None:
+            self._bar = self._new_bar(total=self._total, desc="attention", unit="chunk")
         return self
 
     def __exit__(

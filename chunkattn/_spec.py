@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from .masks import Mask
+from .masks import Mask, Predicate
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Spec:
     dtype: Any
     compute: Any
     softcap: float | None
+    score_mod: Callable[..., Any] | None
+    dropout: float
     masks: tuple[Mask, ...]  # without their arrays
     schedule: Schedule
     standard: bool = False
@@ -47,6 +49,11 @@ class Spec:
     def group(self) -> int:
         """Query heads to a key head."""
         return self.heads // self.key_heads if self.key_heads else 1
+
+    @property
+    def calls_back(self) -> bool:
+        """Whether functions of the caller run inside, which may hold anything."""
+        return self.score_mod is not None or any(isinstance(m, Predicate) for m in self.masks)
 
     @property
     def functional(self) -> bool:
@@ -66,6 +73,8 @@ class Spec:
     @property
     def tasks(self) -> int:
         """How many tasks: blocks times query chunks."""
+        if self.standard:
+            return 1
         return self.blocks * -(-self.n_q // self.schedule.query_chunk)
 
     def block(self, number: Any) -> tuple[slice, ...]:
@@ -79,21 +88,6 @@ class Spec:
         return tuple(reversed(slices))
 
 
-def pieces(n: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(size, first, count)`` of the full chunks of an axis, then of the shorter last one.
-
-    Examples
-    --------
-    >>> list(pieces(10, 4))
-    [(4, 0, 2), (2, 8, 1)]
-    """
-    full, rest = divmod(n, size)
-    if full:
-        yield size, 0, full
-    if rest:
-        yield rest, n - rest, 1
-
-
 def schedule(
     xp: Any,
     lead: tuple[int, ...],
@@ -102,12 +96,16 @@ def schedule(
     n_k: int,
     query_chunk_size: int | None,
     key_chunk_size: int | None,
+    masks: tuple[Mask, ...],
 ) -> Schedule:
     """Choose the chunks: those asked for, else the library's, shrunk until a tile fits its budget.
 
+    A mask may ask for smaller tiles, so that less is computed outside of what it shows.
+
     Where a library's tasks span the whole batch, the tile's size counts every batch entry.
     """
-    rows, cols = xp.chunk_sizes
+    limits = [limit for mask in masks if (limit := mask.tile_limit) is not None]
+    rows, cols = (min([size, *limits]) for size in xp.chunk_sizes)
     rows, cols = (
         max(1, min(n_q, query_chunk_size or rows)),
         max(1, min(n_k, key_chunk_size or cols)),

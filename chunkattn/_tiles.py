@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
+from math import prod
 from typing import Any
 
-from ._partial import empty
+from ._partial import Summary, empty, of_sinks
 from ._spec import Spec
 from .masks import Range
 
@@ -49,28 +50,25 @@ class Problem:
         )
         scale = arrays["scale"]
         self.scale = xp.cast(scale, spec.compute) if hasattr(scale, "shape") else scale
-        self.bias = self._pairs(arrays.get("bias"))
+        self.bias, self.sinks = arrays.get("bias"), arrays.get("sinks")
         self.masks = tuple(
-            replace(mask, **{name: self._pairs(x) for name, x in held.items()})
-            for mask, held in zip(spec.masks, arrays["masks"], strict=True)
+            replace(mask, **held) for mask, held in zip(spec.masks, arrays["masks"], strict=True)
         )
-        offset = arrays["query_offset"]
-        if hasattr(offset, "shape"):
-            offset = self._aligned(offset[..., None, None, None])
-        self.query_offset, self.key_offset = offset, arrays["key_offset"]
+        offset, start = arrays["query_offset"], arrays["key_offset"]
+        self.query_offset = xp.cast(offset, xp.index_dtype) if hasattr(offset, "shape") else offset
+        self.key_offset = xp.as_index(start) if hasattr(start, "shape") else start
+        self.dropout_seed = arrays["dropout_seed"]
 
-    def _aligned(self, x: Array) -> Array:
+    def aligned(self, x: Array) -> Array:
+        """Return `x` with leading axes of length 1, up to the axes of the scores."""
         return x[(None,) * (self.ndim - x.ndim) + (...,)]
-
-    def _pairs(self, x: Array | None) -> Array | None:
-        return None if x is None else self._aligned(x)
 
     def _tokens(self, x: Array) -> Array:
         if self.spec.headless:
             x = x[None, ...]
         elif self.spec.layout == "nhd":
             x = swap_layout(self.xp, x)
-        return self._aligned(x)
+        return self.aligned(x)
 
     def outputs(self) -> tuple[Array, ...]:
         """Return new arrays for ``(out, lse)``, or for the summary of a partial call."""
@@ -104,6 +102,8 @@ class Rows:
         The block's slices on the batch axes and the axis of query heads.
     offset : int or array
         The position of query 0: an int, or integers that broadcast against the tile.
+    key_offset, n_k : int
+        The position of key 0, and the number of keys.
     """
 
     def __init__(self, problem: Problem, block: tuple[slice, ...], start: Index, size: int) -> None:
@@ -115,11 +115,17 @@ class Rows:
         self.heads = (*batch, keys)
         whole = (*spec.batch, spec.heads)
         self.lead = (*(len(range(n)[c]) for n, c in zip(whole, self.heads, strict=True)), size)
-        self.offset = problem.query_offset
+        self.offset, self.key_offset, self.n_k = problem.query_offset, problem.key_offset, spec.n_k
         if hasattr(self.offset, "shape"):
-            self.offset = self.of_block(self.offset, block)
+            self.offset = self.of_batch(self.offset)[..., None, None, None]
         query = self.xp.read(self.of_block(problem.query, self.heads), -2, start, size)
         self.query = self.grouped(self.xp.cast(query, spec.compute) * problem.scale)
+
+    def of_batch(self, x: Array, own: int = 0) -> Array:
+        """Return this block's part of an array over the batch axes and `own` further axes."""
+        batch = self.block[:-1]
+        x = x[(None,) * (len(batch) + own - x.ndim) + (...,)]
+        return self.of_block(x, batch)
 
     def of_block(self, x: Array, block: tuple[slice, ...]) -> Array:
         """Return this block's part of `x`; axes of length 1 broadcast and stay."""
@@ -128,6 +134,15 @@ class Rows:
         shape = x.shape[: len(block)]
         cuts = (slice(None) if n == 1 else cut for n, cut in zip(shape, block, strict=True))
         return x[(*cuts, ...)]
+
+    def nothing(self) -> Summary:
+        """Return the summary before any key: empty, or with the sinks in it."""
+        xp, spec, sinks = self.xp, self.problem.spec, self.problem.sinks
+        acc, total, top = empty(xp, self.query, self.lead, spec.d_v, spec.compute)
+        if sinks is None or spec.partial:  # a stream counts them once, at its end
+            return acc, total, top
+        sink_total, sink_top = of_sinks(xp, sinks[self.heads[-1]], spec.compute)
+        return acc, total + sink_total, xp.maximum(top, sink_top)
 
     def grouped(self, x: Array) -> Array:
         """Stack the rows of the query heads that share a key head: one product serves them."""
@@ -171,12 +186,14 @@ class Rows:
             return [(0, count, False)]
 
         def chunk(position: Index, up: int, low: Index, high: Index) -> Index:
-            number = (position - self.problem.key_offset - first + up) // size
+            number = (position - self.key_offset - first + up) // size
             return xp.smaller(xp.larger(number, low), high)
 
         low, high = _common(xp, [mask.key_range(self) for mask in masks])
         start = 0 if low is None else chunk(low, 0, 0, count)
         stop = count if high is None else chunk(high, size - 1, start, count)
+        if count == 1:  # not worth telling apart
+            return [(start, stop, True)]
         ranges = [full for mask in masks if (full := mask.full_range(self)) is not None]
         if len(ranges) < len(masks):
             return [(start, stop, True)]
@@ -213,20 +230,40 @@ class Tile:
     @cached_property
     def q_idx(self) -> Array:
         """Query positions, broadcasting against the tile."""
+        return self.q_number + self.rows.offset
+
+    @cached_property
+    def q_number(self) -> Array:
+        """Query indices (positions without the offset), broadcasting against the tile."""
         rows = self.rows
-        index = self.xp.index(rows.problem.query, rows.size)[:, None] + rows.start
-        return rows.problem._aligned(index) + rows.offset
+        index = self.xp.index(rows.query, rows.size)[:, None] + rows.start
+        return rows.problem.aligned(index)
 
     @cached_property
     def kv_idx(self) -> Array:
         """Key positions, broadcasting against the tile."""
-        problem = self.rows.problem
-        index = self.xp.index(problem.query, self.size) + (self.start + problem.key_offset)
-        return problem._aligned(index)
+        rows = self.rows
+        index = self.xp.index(rows.query, self.size) + (self.start + rows.key_offset)
+        return rows.problem.aligned(index)
+
+    @cached_property
+    def b(self) -> Array:
+        """Row-major numbers of the batch entries, broadcasting against the tile."""
+        rows = self.rows
+        batch = rows.problem.spec.batch
+        index = self.xp.reshape(self.xp.index(rows.query, prod(batch)), batch)
+        return rows.of_batch(index)[..., None, None, None]
+
+    @cached_property
+    def h(self) -> Array:
+        """Query heads, broadcasting against the tile."""
+        rows = self.rows
+        index = self.xp.index(rows.query, rows.problem.spec.heads)[rows.heads[-1]]
+        return rows.problem.aligned(index[:, None, None])
 
     def slice(self, x: Array) -> Array:
         """Return the tile's part of an array that broadcasts to ``(…, h, n_q, n_k)``."""
-        x = self.rows.of_block(x, self.rows.heads)
+        x = self.rows.of_block(self.rows.problem.aligned(x), self.rows.heads)
         if x.shape[-2] != 1:
             x = self.xp.read(x, -2, self.rows.start, self.rows.size)
         if x.shape[-1] != 1:

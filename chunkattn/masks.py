@@ -1,56 +1,133 @@
 """Masks that know which keys a range of queries can see, so that whole tiles are skipped.
 
-A mask is small and immutable.  `attention` asks it two things about a range of queries (the keys
-that any of them may see, and the keys that all of them see) and, for the tiles in between, which
-pairs are allowed.  Nothing of size ``n_q × n_k`` is ever built.
+A mask is small and immutable.  `chunkattn.attention` asks it two things about a range of queries
+(the keys that any of them may see, and the keys that all of them see) and, for the tiles in
+between, which pairs are allowed.  Nothing of size ``n_q × n_k`` is ever built.
+
+Positions are counted as in `attention`: query ``i`` stands at ``i + query_offset``, key ``j`` at
+``j + key_offset``.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._request import Shapes
     from ._tiles import Rows, Tile
 
 Array = Any
 Range = tuple[Any, Any]  # (first, one past the last) key position; None where unbounded
 
-UNBOUNDED: Range = (None, None)
+__all__ = ["Causal", "Dense", "Lengths", "Mask", "Predicate", "Segments", "Window"]
 
 
 @dataclass(frozen=True)
 class Mask:
     """Which pairs of a query and a key may attend: the base class of all masks.
 
-    A subclass is a frozen dataclass that defines `tile`, and `key_range` where it can tell more
-    than nothing.  `full_range` spares the fully visible tiles the call of `tile`.
+    A mask of your own is a frozen dataclass that derives from this class and defines `tile`, and
+    `key_range` where it can tell which keys are out of reach.  Fields that hold arrays are data
+    (JAX may trace them); all other fields must be hashable.
+
+    Attributes
+    ----------
+    aligned : bool
+        Whether the mask compares the positions of queries with those of keys, so that
+        `attention` must know how the two are aligned.  Default False.
+    positional : bool
+        Whether the mask speaks of positions alone; False where it indexes arrays of one call,
+        which a stream does not have.  Default True.
+
+    Examples
+    --------
+    Every key of the query's own block of 16, and the first key of all:
+
+    >>> from dataclasses import dataclass
+    >>> import numpy as np
+    >>> from chunkattn import attention, masks
+    >>> @dataclass(frozen=True)
+    ... class Blocks(masks.Mask):
+    ...     size: int
+    ...
+    ...     def key_range(self, rows):
+    ...         return None, (rows.last // self.size + 1) * self.size
+    ...
+    ...     def tile(self, tile):
+    ...         same = tile.q_idx // self.size == tile.kv_idx // self.size
+    ...         return same | (tile.kv_idx == 0)
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 64, 8))
+    >>> attention(q, k, v, mask=Blocks(16)).shape
+    (64, 8)
     """
 
-    #: True where the mask speaks of positions in a sequence, whose alignment must then be known
     aligned = False
-    #: False where the mask indexes arrays of one call, which a stream of keys has none of
     positional = True
 
     def key_range(self, rows: Rows) -> Range:
-        """Return the range of key positions outside of which no query of `rows` sees a key."""
-        return UNBOUNDED
+        """Return the range of key positions outside of which no query of `rows` sees a key.
+
+        Parameters
+        ----------
+        rows : Rows
+            The queries: ``rows.first`` and ``rows.last`` are their smallest and largest position.
+
+        Returns
+        -------
+        tuple
+            ``(first, one past the last)``; None for an end that is not bounded (the default).
+        """
+        return None, None
 
     def full_range(self, rows: Rows) -> Range | None:
-        """Return a range of key positions that every query of `rows` sees; None: none known."""
+        """Return a range of key positions that every query of `rows` sees; None: none known.
+
+        Tiles in this range are not masked at all.
+        """
         return None
 
     def tile(self, tile: Tile) -> Array | None:
-        """Return the allowed pairs of `tile` as a boolean array that broadcasts against it.
+        """Return which pairs of `tile` may attend.
 
-        None means that all are allowed.
+        Parameters
+        ----------
+        tile : Tile
+            ``tile.q_idx`` and ``tile.kv_idx`` are the positions of its queries and keys,
+            ``tile.b`` and ``tile.h`` batch entries and heads, all integer arrays that broadcast
+            against (…, h, queries, keys); ``tile.xp`` has the functions of the array library.
+
+        Returns
+        -------
+        boolean array or None
+            Broadcasts against the tile; None where all pairs are allowed.
         """
         raise NotImplementedError
+
+    def check(self, xp: Any, shapes: Shapes) -> None:
+        """Refuse arrays that do not fit a call of these shapes."""
+
+    @property
+    def tile_limit(self) -> int | None:
+        """The size from which a tile would cover much that is not seen; None: no such size."""
+        return None
 
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """Allow the keys whose position is at most the query's: ``kv_idx <= q_idx``."""
+    """Allow the keys whose position is at most the query's: ``kv_idx <= q_idx``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from chunkattn import attention, masks
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 10, 4))
+    >>> out = attention(q, k, v, mask=masks.Causal())
+    >>> np.allclose(out[0], v[0])
+    True
+    """
 
     aligned = True
 
@@ -66,15 +143,304 @@ class Causal(Mask):
         """Compare positions."""
         return tile.kv_idx <= tile.q_idx
 
+    @property
+    def tile_limit(self) -> int:
+        """Half of a tile on the diagonal is not seen."""
+        return 512
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True)
+class Window(Mask):
+    """Allow the keys around the query: ``-left <= kv_idx - q_idx <= right``.
+
+    Parameters
+    ----------
+    left, right : int or None
+        How many keys before and after the query's own position it sees; None: all of them.
+        ``Window(127, 0)`` is a causal window of 128 keys.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from chunkattn import attention, masks
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 10, 4))
+    >>> np.allclose(attention(q, k, v, mask=masks.Window(0, 0)), v)
+    True
+    """
+
+    left: int | None
+    right: int | None
+
+    aligned = True
+
+    def __post_init__(self) -> None:
+        for name in ("left", "right"):
+            width = getattr(self, name)
+            if width is None:
+                continue
+            try:
+                width = operator.index(width)
+            except TypeError:
+                raise TypeError(f"Window: {name} must be an int or None; got {width!r}") from None
+            if width < 0:
+                raise ValueError(f"Window: {name} must not be negative; got {width}")
+
+    def key_range(self, rows: Rows) -> Range:
+        """From the first query's left to the last query's right."""
+        return (
+            None if self.left is None else rows.first - self.left,
+            None if self.right is None else rows.last + self.right + 1,
+        )
+
+    def full_range(self, rows: Rows) -> Range:
+        """From the last query's left to the first query's right."""
+        return (
+            None if self.left is None else rows.last - self.left,
+            None if self.right is None else rows.first + self.right + 1,
+        )
+
+    def tile(self, tile: Tile) -> Array | None:
+        """Compare distances."""
+        distance = tile.kv_idx - tile.q_idx
+        if self.left is None:
+            return None if self.right is None else distance <= self.right
+        if self.right is None:
+            return distance >= -self.left
+        return (distance >= -self.left) & (distance <= self.right)
+
+    @property
+    def tile_limit(self) -> int | None:
+        """About the width of the window."""
+        if self.left is None or self.right is None:
+            return None if self.left is self.right else 512
+        return min(512, max(128, self.left + self.right))
+
+
+@dataclass(frozen=True)
+class Lengths(Mask):
+    """Allow the keys and queries within the valid length of each batch entry (padding).
+
+    Parameters
+    ----------
+    query : integer array over the batch axes, optional
+        Valid queries, counted by index; those past it see nothing and get 0.
+    key : integer array over the batch axes, optional
+        Valid keys, counted by position; those past it are not seen.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from chunkattn import attention, masks
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 1, 10, 4))
+    >>> out = attention(q, k, v, mask=masks.Lengths(key=np.asarray([10, 7])))
+    >>> np.allclose(out[1], attention(q[1], k[1, :, :7], v[1, :, :7]))
+    True
+    """
+
+    query: Array | None = None
+    key: Array | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("query", "key"):
+            lengths = getattr(self, name)
+            if lengths is not None and not hasattr(lengths, "dtype"):
+                raise TypeError(f"Lengths: {name} must be an integer array; got {lengths!r}")
+
+    def check(self, xp: Any, shapes: Shapes) -> None:
+        """Refuse lengths that are not integers or do not broadcast to the batch."""
+        for name, lengths in (("query", self.query), ("key", self.key)):
+            if lengths is not None:
+                shapes.check_integers(xp, f"Lengths: {name}", lengths, shapes.batch)
+
+    def key_range(self, rows: Rows) -> Range:
+        """Up to the largest length; nothing where all queries are past theirs."""
+        return self._range(rows, "max", rows.start)
+
+    def full_range(self, rows: Rows) -> Range:
+        """Up to the smallest length; nothing where any query is past its own."""
+        return self._range(rows, "min", rows.start + rows.size - 1)
+
+    @staticmethod
+    def _lengths(rows: Rows, lengths: Array) -> Array:
+        return rows.of_batch(rows.xp.cast(lengths, rows.xp.index_dtype))
+
+    def _range(self, rows: Rows, extreme: str, index: Any) -> Range:
+        xp, stop = rows.xp, None
+        if self.key is not None:
+            stop = xp.as_index(getattr(xp, extreme)(self._lengths(rows, self.key)))
+        if self.query is not None:
+            valid = xp.as_index(getattr(xp, extreme)(self._lengths(rows, self.query)))
+            seen = xp.smaller(xp.larger(valid - index, 0), 1)  # 1 where query `index` is valid
+            end = rows.key_offset + seen * rows.n_k
+            stop = end if stop is None else xp.smaller(stop, end)
+        return None, stop
+
+    def tile(self, tile: Tile) -> Array | None:
+        """Compare key positions and query indices with the lengths."""
+        rows, allowed = tile.rows, None
+        if self.key is not None:
+            allowed = tile.kv_idx < self._lengths(rows, self.key)[..., None, None, None]
+        if self.query is not None:
+            valid = tile.q_number < self._lengths(rows, self.query)[..., None, None, None]
+            allowed = valid if allowed is None else allowed & valid
+        return allowed
+
+
+@dataclass(frozen=True)
+class Segments(Mask):
+    """Allow the pairs of equal ids: several documents packed into one sequence.
+
+    Parameters
+    ----------
+    query : integer array of shape (…, n_q) over the batch axes
+        The segment of each query.
+    key : integer array of shape (…, n_k), optional
+        The segment of each key; default: that of the query of the same index.
+
+    Notes
+    -----
+    Ids may stand in any order.  Where each query chunk meets few ids and these stand together, as
+    when they are sorted, the tiles of other segments are skipped.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from chunkattn import attention, masks
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 10, 4))
+    >>> out = attention(q, k, v, mask=masks.Segments(np.asarray([0] * 6 + [1] * 4)))
+    >>> np.allclose(out[6:], attention(q[6:], k[6:], v[6:]))
+    True
+    """
+
+    query: Array
+    key: Array | None = None
+
+    positional = False
+
+    def __post_init__(self) -> None:
+        for name in ("query", "key"):
+            ids = getattr(self, name)
+            if ids is not None and not hasattr(ids, "dtype"):
+                raise TypeError(f"Segments: {name} must be an integer array; got {ids!r}")
+
+    def check(self, xp: Any, shapes: Shapes) -> None:
+        """Refuse ids that are not integers, one for each query and key."""
+        for name, ids, n in (("query", self.query, shapes.n_q), ("key", self._keys, shapes.n_k)):
+            shapes.check_integers(xp, f"Segments: {name}", ids, (*shapes.batch, n), n)
+
+    @property
+    def _keys(self) -> Array:
+        return self.query if self.key is None else self.key
+
+    def key_range(self, rows: Rows) -> Range:
+        """From the first key to the last one whose id lies among the queries'."""
+        xp = rows.xp
+        start, stop, _ = self._runs(rows)
+        return self._positions(rows, xp.min(start), xp.max(stop))
+
+    def full_range(self, rows: Rows) -> Range:
+        """Return the run of keys with the queries' id, where there is one of each."""
+        xp = rows.xp
+        start, stop, whole = self._runs(rows)
+        return self._positions(rows, xp.max(start), xp.min(xp.where(whole, stop, start)))
+
+    def _positions(self, rows: Rows, start: Array, stop: Array) -> Range:
+        offset = rows.key_offset
+        return rows.xp.as_index(start) + offset, rows.xp.as_index(stop) + offset
+
+    def _runs(self, rows: Rows) -> tuple[Array, Array, Array]:
+        """Return by batch entry the key indices from first to last hit, and whether all in it hit.
+
+        A key is hit where its id lies between the smallest and the largest of the queries'.
+        """
+        xp = rows.xp
+        queries = xp.read(rows.of_batch(self.query, 1), -1, rows.start, rows.size)
+        keys = rows.of_batch(self._keys, 1)
+        low = xp.min(queries, axis=-1, keepdims=True)
+        high = xp.max(queries, axis=-1, keepdims=True)
+        hit = xp.astype((keys >= low) & (keys <= high), xp.int8)
+        start = xp.argmax(hit, axis=-1)
+        stop = hit.shape[-1] - xp.argmax(xp.flip(hit, axis=-1), axis=-1)
+        count = xp.sum(hit, axis=-1, dtype=start.dtype)
+        stop = xp.where(count > 0, stop, start)
+        return start, stop, (low == high)[..., 0] & (count == stop - start)
+
+    def tile(self, tile: Tile) -> Array:
+        """Compare ids."""
+        rows, xp = tile.rows, tile.xp
+        queries = xp.read(rows.of_batch(self.query, 1), -1, rows.start, rows.size)
+        keys = xp.read(rows.of_batch(self._keys, 1), -1, tile.start, tile.size)
+        return queries[..., None, :, None] == keys[..., None, None, :]
+
+    @property
+    def tile_limit(self) -> int:
+        """Documents are often short."""
+        return 256
+
+
+@dataclass(frozen=True)
 class Dense(Mask):
-    """Allow the pairs where a boolean array that broadcasts to ``(…, h, n_q, n_k)`` is True."""
+    """Allow the pairs where a boolean array is True.
+
+    Parameters
+    ----------
+    allowed : boolean array
+        Broadcasts to ``(…, h, n_q, n_k)``; it is sliced tile by tile and never expanded.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from chunkattn import attention, masks
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 10, 4))
+    >>> out = attention(q, k, v, mask=masks.Dense(np.eye(10, dtype=bool)))
+    >>> np.allclose(out, v)
+    True
+    """
 
     allowed: Array
 
     positional = False
 
+    def check(self, xp: Any, shapes: Shapes) -> None:
+        """Refuse an array that is not boolean or does not broadcast to the scores."""
+        shapes.check_mask(xp, "mask", self.allowed)
+
     def tile(self, tile: Tile) -> Array:
         """Slice the array."""
         return tile.slice(self.allowed)
+
+
+@dataclass(frozen=True)
+class Predicate(Mask):
+    """Allow the pairs for which a function says so.
+
+    Parameters
+    ----------
+    mask_mod : callable(b, h, q_idx, kv_idx)
+        FlexAttention's signature.  It is called once per tile, with integer arrays of the caller's
+        library that broadcast against (…, h, queries, keys): the row-major number of the batch
+        entry, the query head, and the positions of query and key.  It returns a boolean array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from chunkattn import attention
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 10, 4))
+    >>> out = attention(q, k, v, mask=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)
+    >>> np.allclose(out, attention(q, k, v, causal=True))
+    True
+    """
+
+    mask_mod: Callable[[Array, Array, Array, Array], Array]
+
+    def __post_init__(self) -> None:
+        if not callable(self.mask_mod):
+            raise TypeError(f"Predicate: mask_mod must be callable; got {self.mask_mod!r}")
+
+    def tile(self, tile: Tile) -> Array:
+        """Call the function."""
+        allowed = self.mask_mod(tile.b, tile.h, tile.q_idx, tile.kv_idx)
+        if not hasattr(allowed, "dtype") or not tile.xp.is_bool(allowed.dtype):
+            got = getattr(allowed, "dtype", type(allowed).__name__)
+            raise TypeError(f"mask: mask_mod must return a boolean array; got {got}")
+        return allowed

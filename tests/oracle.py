@@ -27,11 +27,18 @@ def attend(
     mask=True,
     bias=0.0,
     softcap=None,
+    score_mod=None,
+    sinks=None,
+    kept=True,
+    dropout=0.0,
     query_offset=0,
     key_offset=0,
     layout="hnd",
 ):
-    """Return the `Answer`; arguments as those of `attention`, as NumPy arrays."""
+    """Return the `Answer`; arguments as those of `attention`, as NumPy arrays.
+
+    `kept` says which weights dropout leaves, as a boolean array that broadcasts to the scores.
+    """
     query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
     headless = query.ndim == 2
     if headless:
@@ -47,29 +54,43 @@ def attend(
     scores = scale_of(scale, d) * (query @ np.swapaxes(key, -1, -2))
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
-    scores = scores + np.asarray(bias, dtype=np.float64)
     q_idx = np.arange(n_q)[:, None] + np.asarray(query_offset)[..., None, None, None]
+    kv_idx = np.arange(n_k) + key_offset
+    b = np.arange(np.prod(batch, dtype=int)).reshape(batch)[..., None, None, None]
+    h = np.arange(lead[-1])[:, None, None]
+    if score_mod is not None:
+        scores = np.broadcast_to(score_mod(scores, b, h, q_idx, kv_idx), scores.shape)
+    scores = scores + np.asarray(bias, dtype=np.float64)
+    if callable(mask):
+        mask = mask(b, h, q_idx, kv_idx)
     allowed = np.broadcast_to(mask, scores.shape)
     if causal:
-        allowed = allowed & (np.arange(n_k) + key_offset <= q_idx)
+        allowed = allowed & (kv_idx <= q_idx)
+    kept = np.broadcast_to(kept, scores.shape)
+    sink = np.full(lead[-1], -np.inf) if sinks is None else np.asarray(sinks, dtype=np.float64)
     out = np.zeros((*lead, n_q, value.shape[-1]))
     lse = np.full((*lead, n_q), -np.inf)
     for i in np.ndindex(lse.shape):
         seen = allowed[i] & (scores[i] != -np.inf)
+        lse[i] = sink[i[-2]]
         if seen.any():
             s = scores[i][seen]
-            weights = np.exp(s - s.max())
-            total = weights.sum()
+            top = max(s.max(), sink[i[-2]])
+            weights = np.exp(s - top)
+            total = weights.sum() + np.exp(sink[i[-2]] - top)
+            weights = np.where(kept[i][seen], weights, 0) / (1 - dropout)
             with np.errstate(invalid="ignore"):
                 out[i] = weights / total @ value[i[:-1]][seen]
-            lse[i] = s.max() + np.log(total)
+            lse[i] = top + np.log(total)
     visible = np.abs(scores[allowed & np.isfinite(scores)])
     finite = np.abs(value[np.isfinite(value)])
     if headless:
         out, lse = out[0], lse[0]
     elif layout == "nhd":
         out = np.swapaxes(out, -2, -3)
-    return Answer(out, lse, visible.max(initial=0.0), finite.max(initial=0.0))
+    finite = finite.max(initial=0.0) / (1 - dropout)
+    largest = max(visible.max(initial=0.0), np.abs(sink[np.isfinite(sink)]).max(initial=0.0))
+    return Answer(out, lse, largest, finite)
 
 
 def scale_of(scale, d):

@@ -1,0 +1,228 @@
+"""Masks that know their range, callables, and mixtures of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from chunkattn import OnlineAttention, attention, masks
+
+CHUNKS = [(None, None), (7, 5), (4, 16)]
+B, H, N_Q, N_K = 2, 4, 19, 29
+
+
+@pytest.fixture
+def tokens(rng):
+    return (
+        rng.standard_normal((B, H, N_Q, 8)),
+        rng.standard_normal((B, 2, N_K, 8)),
+        rng.standard_normal((B, 2, N_K, 5)),
+    )
+
+
+def check_mask(check, tokens, make, data, allowed, **known):
+    """Compare a mask with the boolean array that says the same, over chunk sizes."""
+    lib = check.lib
+    for rows, cols in CHUNKS:
+        chunks = {"query_chunk_size": rows, "key_chunk_size": cols}
+
+        def call(query, key, value, *, data, chunks=chunks, **kwargs):
+            return attention(query, key, value, mask=make(*data), **chunks, **known, **kwargs)
+
+        own = [lib.asarray(x) for x in data]
+        check(*tokens, function=call, data=own, known={"mask": allowed})
+
+
+def distances(query_offset=0, key_offset=0):
+    return np.arange(N_K) + key_offset - np.arange(N_Q)[:, None] - query_offset
+
+
+@pytest.mark.feature("Window")
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 2), (4, 4), (None, 1), (2, None), (0, 0)])
+@pytest.mark.parametrize("offset", [0, 10, -8])
+def test_window(check, tokens, left, right, offset):
+    d = distances(offset, 2)
+    allowed = (d >= -(99 if left is None else left)) & (d <= (99 if right is None else right))
+    make = lambda: masks.Window(left, right)  # noqa: E731
+    check_mask(check, tokens, make, (), allowed, query_offset=offset, key_offset=2)
+
+
+@pytest.mark.feature("Window")
+def test_window_by_batch(check, tokens):
+    """Offsets by batch entry move the window of each."""
+    offset = np.asarray([3, 11])
+    d = distances() - offset[:, None, None, None]
+
+    check(
+        *tokens,
+        mask=(masks.Window(5, 0), masks.Causal()),
+        query_offset=offset,
+        query_chunk_size=4,
+        key_chunk_size=4,
+        known={"mask": (d >= -5) & (d <= 0)},
+    )
+
+
+@pytest.mark.feature("Lengths")
+def test_lengths(check, tokens):
+    keys, queries = np.asarray([12, 29]), np.asarray([19, 0])
+    k = np.arange(N_K) < keys[:, None, None, None]
+    q = np.arange(N_Q)[:, None] < queries[:, None, None, None]
+    check_mask(check, tokens, lambda x: masks.Lengths(key=x), [keys], k)
+    check_mask(check, tokens, lambda x: masks.Lengths(query=x), [queries], q)
+    check_mask(check, tokens, masks.Lengths, [queries, keys], k & q)
+    one = np.asarray(20)
+    check_mask(check, tokens, lambda x: masks.Lengths(key=x), [one], np.arange(N_K) < 20)
+
+
+@pytest.mark.feature("Lengths")
+def test_lengths_count_positions(check, tokens):
+    """Lengths of keys count positions, offset included; lengths of queries count indices."""
+    allowed = (np.arange(N_K) + 6 < 20) & (np.arange(N_Q) < 15)[:, None]
+    data = [np.asarray([15]), np.asarray([20])]
+    check_mask(check, tokens, masks.Lengths, data, allowed, key_offset=6, query_offset=9)
+
+
+@pytest.mark.feature("Segments, sorted or not")
+@pytest.mark.parametrize("kind", ["sorted", "shuffled", "shared", "disjoint"])
+def test_segments(check, rng, tokens, kind):
+    queries, keys = rng.integers(0, 5, (B, N_Q)), rng.integers(0, 5, (B, N_K))
+    if kind == "sorted":
+        queries, keys = np.sort(queries), np.sort(keys)
+    elif kind == "shared":
+        queries, keys = queries[0], keys[0]
+    elif kind == "disjoint":
+        keys = keys + 7
+    allowed = (queries[..., :, None] == keys[..., None, :]).reshape(-1, 1, N_Q, N_K)
+    check_mask(check, tokens, masks.Segments, [queries, keys], allowed)
+    check_mask(
+        check, tokens, masks.Segments, [queries, keys], allowed, query_offset=5, key_offset=3
+    )
+
+
+@pytest.mark.feature("Segments, sorted or not")
+def test_segments_of_one_sequence(check, rng, tokens):
+    """Keys take the queries' ids; with a causal mask, packed documents."""
+    _, k, v = tokens
+    q = rng.standard_normal((B, H, N_K, 8))
+    ids = np.sort(rng.integers(0, 4, (B, N_K)))
+    causal = np.arange(N_K) <= np.arange(N_K)[:, None]
+    allowed = (ids[:, None, :, None] == ids[:, None, None, :]) & causal
+    check_mask(check, (q, k, v), lambda x: (masks.Segments(x), masks.Causal()), [ids], allowed)
+
+
+@pytest.mark.feature("mask_mod and score_mod callables")
+def test_predicate(check, tokens):
+    limits = np.asarray([9, 25])
+    allowed = (np.arange(N_K) < limits[:, None, None, None]) & (distances() != 2)
+
+    def make(low, high):
+        return lambda b, h, q_idx, kv_idx: (
+            (kv_idx < (1 - b) * low + b * high) & (kv_idx - q_idx != 2)
+        )
+
+    data = list(limits)
+    check_mask(check, tokens, make, data, allowed)
+    check_mask(check, tokens, lambda *x: masks.Predicate(make(*x)), data, allowed)
+
+
+@dataclass(frozen=True)
+class Dilated(masks.Mask):
+    """Every `step`-th key back from the query: a mask that a user might write."""
+
+    step: int
+    reach: object
+
+    aligned = True
+
+    def key_range(self, rows):
+        return None, rows.last + 1
+
+    def tile(self, tile):
+        back = tile.q_idx - tile.kv_idx
+        return (back >= 0) & (back % self.step == 0) & (back < self.reach)
+
+
+@pytest.mark.feature("masks of one's own")
+def test_own_mask(check, tokens):
+    back = -distances(5)
+    allowed = (back >= 0) & (back % 3 == 0) & (back < 12)
+    check_mask(
+        check, tokens, lambda reach: Dilated(3, reach), [np.asarray(12)], allowed, query_offset=5
+    )
+
+
+@pytest.mark.feature("tuple of masks")
+def test_tuple(check, rng, tokens):
+    dense, ids = rng.random((H, 1, N_K)) < 0.8, rng.integers(0, 2, (B, N_K))
+    lengths = np.asarray([25, 20])
+    d = distances(8)
+    allowed = dense & (np.arange(N_K) < lengths[:, None, None, None])
+    allowed = allowed & (ids[:, None, :N_Q, None] == ids[:, None, None, :]) & (d <= 4) & (d != 1)
+
+    def make(dense, queries, keys, lengths):
+        return (
+            dense,
+            masks.Segments(queries, keys),
+            masks.Window(None, 4),
+            masks.Lengths(key=lengths),
+            lambda b, h, q_idx, kv_idx: kv_idx - q_idx != 1,
+        )
+
+    data = [dense, ids[:, :N_Q], ids, lengths]
+    check_mask(check, tokens, make, data, allowed, query_offset=8)
+
+
+@pytest.mark.feature("masks in streams")
+def test_stream(check, tokens):
+    """Masks by position run on over the updates of a stream."""
+    lib = check.lib
+    lengths = np.asarray([12, 25])
+    d = distances(9)
+    allowed = (d <= 0) & (d >= -6) & (np.arange(N_K) < lengths[:, None, None, None])
+
+    def stream(query, key, value, *, return_lse):
+        known = (masks.Window(6, 0), masks.Lengths(key=lib.asarray(lengths)))
+        online = OnlineAttention(query, mask=known, query_offset=9)
+        for cut in (slice(0, 10), slice(10, 11), slice(11, None)):
+            online.update(key[..., cut, :], value[..., cut, :])
+        return online.result(return_lse=return_lse)
+
+    check(*tokens, function=stream, known={"mask": allowed})
+
+
+def test_refused(lib, rng):
+    q = lib.asarray(rng.standard_normal((B, 1, N_Q, 4)))
+    ints, floats = lib.asarray(np.arange(N_Q)), lib.asarray(rng.standard_normal(N_Q))
+    for error, message, mask in [
+        (TypeError, "Segments: query must be an integer array", masks.Segments(floats)),
+        (ValueError, r"Segments: query must have shape \(…, 19\)", masks.Segments(ints[:4])),
+        (ValueError, r"Segments: key must have shape \(…, 19\)", masks.Segments(ints, ints[:4])),
+        (TypeError, "Lengths: key must be an integer array", masks.Lengths(key=floats)),
+        (ValueError, r"Lengths: key must broadcast to \(2,\)", masks.Lengths(key=ints)),
+        (TypeError, "mask_mod must return a boolean array", lambda b, h, i, j: i - j),
+        (TypeError, "mask must be a boolean array", masks.Dense(ints)),
+    ]:
+        with pytest.raises(error, match=message):
+            attention(q, q, q, mask=mask)
+    with pytest.raises(ValueError, match="stream"):
+        OnlineAttention(q, mask=masks.Segments(ints)).update(q, q)
+    with pytest.raises(ValueError, match="query_offset must be given"):
+        attention(q, q[..., :5, :], q[..., :5, :], mask=masks.Window(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: masks.Window(-1, 0), ValueError, "left must not be negative; got -1"),
+        (lambda: masks.Window(0, 1.5), TypeError, "right must be an int or None; got 1.5"),
+        (lambda: masks.Segments([0, 1]), TypeError, "Segments: query must be an integer array"),
+        (lambda: masks.Lengths(key=3), TypeError, "Lengths: key must be an integer array; got 3"),
+        (lambda: masks.Predicate(3), TypeError, "mask_mod must be callable; got 3"),
+    ],
+)
+def test_refused_at_once(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,127 @@
+"""Under the transformations of JAX and PyTorch: offsets, lengths and ids are data there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from chunkattn import attention, masks
+
+N = 29
+
+
+@pytest.fixture
+def tokens(rng):
+    """Return three examples of query, key and value: (3, batch, h, n, d)."""
+    shapes = [(3, 2, 4, N, 8), (3, 2, 2, N, 8), (3, 2, 2, N, 5)]
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def masked(q, k, v, lengths, ids, offset):
+    mask = (masks.Lengths(key=lengths), masks.Segments(ids), masks.Window(9, 3))
+    return attention(q, k, v, mask=mask, query_offset=offset, query_chunk_size=8, key_chunk_size=8)
+
+
+def data(rng):
+    return (
+        rng.integers(0, N, (3, 2)),
+        np.sort(rng.integers(0, 3, (3, 2, N))),
+        rng.integers(-3, 3, (3, 2)),
+    )
+
+
+def test_jax_vmap(rng, tokens):
+    """Mapped masks and offsets give what one example at a time gives; jit changes nothing."""
+    import jax
+
+    arrays = [jax.numpy.asarray(x) for x in (*tokens, *data(rng))]
+    mapped = jax.vmap(masked)(*arrays)
+    one_by_one = np.stack([masked(*(x[i] for x in arrays)) for i in range(3)])
+    np.testing.assert_allclose(mapped, one_by_one, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.vmap(masked))(*arrays), one_by_one, atol=1e-6)
+
+
+def test_jax_vmap_in_part(rng, tokens):
+    """Only what is mapped is: shared keys, one mapped offset."""
+    import jax
+
+    q, k, v = (jax.numpy.asarray(x) for x in tokens)
+    offsets = jax.numpy.asarray([0, 5, -4])
+
+    def one(q, offset):
+        return attention(q, k[0], v[0], causal=True, query_offset=offset, key_chunk_size=8)
+
+    expected = np.stack([one(q[i], int(offsets[i])) for i in range(3)])
+    np.testing.assert_allclose(jax.vmap(one)(q, offsets), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_jax_vmap_of_hidden_values(tokens, bad):
+    """What stands behind a mask in one example reaches neither it nor the others."""
+    import jax
+
+    q, k, v = tokens
+    dirty = v.copy()
+    dirty[1, :, :, 20:] = bad
+
+    def one(q, k, v, length):
+        return attention(q, k, v, mask=masks.Lengths(key=length), key_chunk_size=8)
+
+    lengths = np.asarray([N, 20, 7])
+    clean = jax.vmap(one)(*map(jax.numpy.asarray, (q, k, v, lengths)))
+    np.testing.assert_array_equal(
+        jax.vmap(one)(*map(jax.numpy.asarray, (q, k, dirty, lengths))), clean
+    )
+
+
+def test_jax_scan(tokens):
+    """A decoding loop: one compiled step, whose offset counts on."""
+    import jax
+
+    q, k, v = (jax.numpy.asarray(x[0]) for x in tokens)
+
+    def step(position, row):
+        out = attention(row, k, v, causal=True, query_offset=position, key_chunk_size=8)
+        return position + 1, out[..., 0, :]
+
+    rows = jax.numpy.moveaxis(q, 2, 0)[..., None, :]
+    _, out = jax.lax.scan(step, 0, rows)
+    expected = attention(q, k, v, causal=True)
+    np.testing.assert_allclose(jax.numpy.moveaxis(out, 0, 2), expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
+def test_torch_compile(rng, tokens):
+    """PyTorch's compiler takes a call with masks of data, in several graphs."""
+    import torch
+
+    arrays = [torch.asarray(x[0]) for x in (*tokens, *data(rng))]
+    compiled = torch.compile(masked, backend="eager")
+    torch.testing.assert_close(compiled(*arrays), masked(*arrays), atol=0, rtol=0)
+
+
+def test_torch_inference_mode(tokens):
+    import torch
+
+    q, k, v = (torch.asarray(x) for x in tokens)
+    with torch.inference_mode():
+        out = attention(q, k, v, causal=True)
+    torch.testing.assert_close(out, attention(q, k, v, causal=True))
+
+
+def test_torch_gradients(tokens):
+    """The tiles are computed in place: where autograd would need them, the call says so.
+
+    The textbook implementation is differentiable; nothing is silently detached.
+    """
+    import torch
+
+    q, k, v = (torch.asarray(x).requires_grad_() for x in tokens)
+    with pytest.raises(NotImplementedError, match=r"query, key, value require gradients"):
+        attention(q, k, v)
+    with torch.no_grad():
+        expected = attention(q, k, v, causal=True)
+    out = attention(q, k, v, causal=True, softcap=5.0, implementation="standard")
+    out.sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+    assert expected.shape == out.shape
