@@ -1,0 +1,45 @@
+"""What a figure was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+LIBRARIES = ("chunkattn", "array-api-compat", "numpy", "torch", "jax", "array-api-strict")
+
+
+def about(command, arguments):
+    """Return the command, the machine and the versions as Markdown lines."""
+    options = " ".join(
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in vars(arguments).items()
+        if value is not None and name != "out"
+    )
+    return "\n".join(
+        [
+            f"- Command: `{command} {options}`",
+            f"- Machine: {processor()}, {os.cpu_count()} cores, {platform.system()}",
+            f"- Python {platform.python_version()}, {', '.join(versions())}",
+        ]
+    )
+
+
+def processor():
+    """Return the processor's name where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions():
+    """Yield name and version of each library that is installed."""
+    for name in LIBRARIES:
+        try:
+            yield f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue

@@ -1,0 +1,137 @@
+"""What masks cost: time relative to full attention, and memory relative to the plain call.
+
+    python benchmarks/masks.py [--n 8192] [--memory-n 16384] [--rounds 5] [--out FILE]
+
+Times are taken in turns (full, causal, window, segments, full, …) in one run; the ratio is that of
+the medians, with the range of the ratios round by round.  Memory is what one call allocates beyond
+inputs and outputs: NumPy by tracemalloc, JAX by XLA's memory analysis (temporaries).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+from machine import about
+
+from chunkattn import attention, masks
+
+CASES = ("full", "causal", "window", "segments")
+BARS = {"causal": 0.62, "window": 0.12, "segments": 0.15}
+
+
+def library(name):
+    """Return (asarray, compile, wait) of a library."""
+    if name == "torch":
+        import torch
+
+        return torch.asarray, lambda f: f, lambda x: x
+    if name == "jax":
+        import jax
+
+        return jax.numpy.asarray, jax.jit, lambda x: x.block_until_ready()
+    return np.asarray, lambda f: f, lambda x: x
+
+
+def calls(name, n, heads=8, d=64):
+    """Return the cases as functions without arguments."""
+    asarray, compiled, wait = library(name)
+    rng = np.random.default_rng(0)
+    q, k, v = (asarray(rng.standard_normal((1, heads, n, d), dtype=np.float32)) for _ in range(3))
+    ids = asarray(np.repeat(np.arange(16), n // 16)[None])
+    functions = {
+        "full": lambda q, k, v, ids: attention(q, k, v),
+        "causal": lambda q, k, v, ids: attention(q, k, v, causal=True),
+        "window": lambda q, k, v, ids: attention(q, k, v, mask=masks.Window(256, 0)),
+        "segments": lambda q, k, v, ids: attention(q, k, v, mask=masks.Segments(ids)),
+    }
+    functions = {case: compiled(function) for case, function in functions.items()}
+    return {case: lambda f=f: wait(f(q, k, v, ids)) for case, f in functions.items()}
+
+
+def ratios(name, n, rounds):
+    """Return for each case the ratio of medians to full attention, and its range."""
+    functions = calls(name, n)
+    times = {case: [] for case in CASES}
+    for i in range(rounds + 1):
+        for case in CASES:
+            start = time.perf_counter()
+            functions[case]()
+            if i:  # the first round warms up
+                times[case].append(time.perf_counter() - start)
+    full = times["full"]
+    for case in CASES[1:]:
+        each = [a / b for a, b in zip(times[case], full, strict=True)]
+        ratio = statistics.median(times[case]) / statistics.median(full)
+        yield case, ratio, min(each), max(each)
+
+
+def memory_calls(asarray, xp):
+    slopes = asarray(np.asarray([0.5], dtype=np.float32))
+    return {
+        "plain": {},
+        "causal": {"causal": True},
+        "mask_mod": {"mask": lambda b, h, q, k: (q >= k) & (q - k < 1000)},
+        "ALiBi score_mod": {"score_mod": lambda s, b, h, q, k: s + slopes[h] * (k - q)},
+        "bias by key": {"bias": asarray(np.zeros((1, 1), dtype=np.float32))},
+    }
+
+
+def numpy_memory(n, kwargs):
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, n, 64), dtype=np.float32)
+    attention(q[:, :64], k[:, :64], v[:, :64], **kwargs)
+    tracemalloc.start()
+    out = attention(q, k, v, **kwargs)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak - out.nbytes - out.nbytes // 64  # out and lse
+
+
+def jax_memory(n, kwargs):
+    import jax
+
+    x = jax.ShapeDtypeStruct((1, n, 64), np.float32)
+    compiled = jax.jit(lambda q, k, v: attention(q, k, v, **kwargs)).lower(x, x, x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def report(arguments):
+    yield f"# What masks cost\n\n{about('python benchmarks/masks.py', arguments)}\n"
+    yield f"## Time relative to full attention (1 × 8 × {arguments.n} × 64, float32)\n"
+    yield "| library | case | ratio | range over rounds | bar |\n|---|---|---|---|---|"
+    for name in ("numpy", "torch", "jax"):
+        for case, ratio, low, high in ratios(name, arguments.n, arguments.rounds):
+            yield f"| {name} | {case} | {ratio:.3f} | {low:.3f}–{high:.3f} | {BARS[case]} |"
+    yield f"\n## Memory of one call (1 × {arguments.memory_n} × 64, float32), MiB\n"
+    yield "| case | NumPy | JAX under jit |\n|---|---|---|"
+    import jax.numpy as jnp
+
+    own = memory_calls(np.asarray, np), memory_calls(jnp.asarray, jnp)
+    for case in own[0]:
+        a = numpy_memory(arguments.memory_n, own[0][case]) / 2**20
+        b = jax_memory(arguments.memory_n, own[1][case]) / 2**20
+        yield f"| {case} | {a:.2f} | {b:.2f} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--n", type=int, default=8192)
+    parser.add_argument("--memory-n", type=int, default=16384)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    lines = []
+    for line in report(arguments):
+        print(line, flush=True)
+        lines.append(line)
+    if arguments.out:
+        arguments.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Memory of one NumPy call: the textbook's attention against the chunked one.
+
+    python benchmarks/memory.py [--longest 16384] [--out FILE]
+
+One head of width 64 in float32.  What is counted is the most that a call holds at a time
+(tracemalloc) beyond its inputs and its outputs (out and lse).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+from machine import about
+
+from chunkattn import attention
+
+RESULTS = Path(__file__).parent / "results" / "memory.md"
+SHORTEST, WIDTH = 1024, 64
+
+
+def extra_bytes(n, implementation):
+    """Return what one call over `n` queries and keys holds at a time beyond inputs and outputs."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, n, WIDTH), dtype=np.float32)
+    attention(q[:8], k[:8], v[:8])  # loads the adapter
+    tracemalloc.start()
+    results = attention(q, k, v, implementation=implementation, return_lse=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak - sum(x.nbytes for x in results)
+
+
+def report(arguments):
+    """Yield the lines of the report."""
+    yield f"# Memory of one call on NumPy\n\n{about('python benchmarks/memory.py', arguments)}\n"
+    yield "One head, d = 64, float32; the most held at a time beyond inputs and outputs, in MiB.\n"
+    yield "| n | one n × n matrix | standard | chunked | ratio |\n|--:|--:|--:|--:|--:|"
+    n = SHORTEST
+    while n <= arguments.longest:
+        standard, chunked = (extra_bytes(n, name) for name in ("standard", "chunked"))
+        sizes = " | ".join(f"{size / 2**20:,.2f}" for size in (4 * n * n, standard, chunked))
+        yield f"| {n:,} | {sizes} | {standard / chunked:,.0f} |"
+        n *= 2
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--longest", type=int, default=16384)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    lines = []
+    for line in report(arguments):
+        print(line, flush=True)
+        lines.append(line)
+    arguments.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
