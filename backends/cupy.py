@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import cupy as cp
@@ -25,5 +26,14 @@ class Adapter(InPlace):
 
     def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
         """Call the algorithm on the device that holds the arrays."""
-        with arrays["query"].device:
+        with next(x.device for x in _arrays(arrays)):
             return tuple(algorithm(self, spec, arrays))
+
+
+def _arrays(x: Any) -> Iterator[Array]:
+    """Yield the arrays in a nest of dicts and tuples."""
+    if isinstance(x, dict | tuple):
+        for y in x.values() if isinstance(x, dict) else x:
+            yield from _arrays(y)
+    elif isinstance(x, cp.ndarray):
+        yield x

@@ -7,7 +7,15 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-LIBRARIES = ("chunkattn", "array-api-compat", "numpy", "torch", "jax", "array-api-strict")
+LIBRARIES = (
+    "chunkattn",
+    "array-api-compat",
+    "numpy",
+    "torch",
+    "jax",
+    "array-api-strict",
+    "ml_dtypes",
+)
 
 
 def about(command, arguments):
@@ -19,7 +27,7 @@ def about(command, arguments):
     )
     return "\n".join(
         [
-            f"- Command: `{command} {options}`",
+            f"- Command: `{f'{command} {options}'.strip()}`",
             f"- Machine: {processor()}, {os.cpu_count()} cores, {platform.system()}",
             f"- Python {platform.python_version()}, {', '.join(versions())}",
         ]

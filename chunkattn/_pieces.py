@@ -8,8 +8,10 @@ from typing import Any
 
 from ._adapters import common_adapter, is_array
 from ._attention import run
+from ._checks import choice, index
 from ._partial import combine, finish, of_sinks, unfinish
-from ._request import LAYOUTS, broadcast, choice, index, make_request
+from ._request import LAYOUTS, make_request
+from ._shapes import broadcast
 from ._spec import Spec
 from ._tiles import to_caller, to_heads
 

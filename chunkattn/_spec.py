@@ -97,14 +97,17 @@ def schedule(
     query_chunk_size: int | None,
     key_chunk_size: int | None,
     masks: tuple[Mask, ...],
+    score_mod: Callable[..., Any] | None,
 ) -> Schedule:
     """Choose the chunks: those asked for, else the library's, shrunk until a tile fits its budget.
 
-    A mask may ask for smaller tiles, so that less is computed outside of what it shows.
+    A mask may ask for smaller tiles, so that less is computed outside of what it shows.  Functions
+    of the caller make arrays of the size of a tile themselves, so that it is smaller with them.
 
     Where a library's tasks span the whole batch, the tile's size counts every batch entry.
     """
     limits = [limit for mask in masks if (limit := mask.tile_limit) is not None]
+    limits += [512] if score_mod is not None else []
     rows, cols = (min([size, *limits]) for size in xp.chunk_sizes)
     rows, cols = (
         max(1, min(n_q, query_chunk_size or rows)),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._request import Shapes
+    from ._shapes import Shapes
     from ._tiles import Rows, Tile
 
 Array = Any
@@ -436,6 +436,11 @@ class Predicate(Mask):
     def __post_init__(self) -> None:
         if not callable(self.mask_mod):
             raise TypeError(f"Predicate: mask_mod must be callable; got {self.mask_mod!r}")
+
+    @property
+    def tile_limit(self) -> int:
+        """The function's own arrays are of the size of a tile, and often of 64 bits."""
+        return 512
 
     def tile(self, tile: Tile) -> Array:
         """Call the function."""

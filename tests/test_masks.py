@@ -226,3 +226,30 @@ def test_refused(lib, rng):
 def test_refused_at_once(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_mask_and_bias_in_files(tmp_path, rng):
+    """Memory-mapped arrays are read tile by tile: the call holds no more than without them."""
+    import tracemalloc
+
+    n = 2000
+    q, k, v = rng.standard_normal((3, n, 8), dtype=np.float32)
+    known = {"mask": rng.random((n, n)) < 0.9, "bias": rng.standard_normal((n, n), np.float32)}
+    mapped = {}
+    for name, x in known.items():
+        np.save(tmp_path / name, x)
+        mapped[name] = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
+    expected = attention(q, k, v, **known)
+
+    def peak(**kwargs):
+        tracemalloc.start()
+        try:
+            out = attention(q, k, v, query_chunk_size=64, key_chunk_size=64, **kwargs)
+            return out, tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    out, held = peak(**mapped)
+    _, plain = peak()
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    assert held < plain + 2**18 < known["mask"].nbytes

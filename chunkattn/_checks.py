@@ -1,0 +1,151 @@
+"""Arguments that are numbers, dtypes or choices, checked one by one."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+from ._adapters import is_array
+from ._dropout import seed_words
+from ._shapes import broadcast
+
+Array = Any
+
+
+def common_dtype(xp: Any, tokens: dict[str, Array]) -> Any:
+    """Return the floating dtype that query, key and value share."""
+    allowed = xp.floats
+    for name, x in tokens.items():
+        if not any(x.dtype == dtype for dtype in allowed.values()):
+            raise TypeError(f"{name} must be one of {', '.join(allowed)}; got {x.dtype}")
+    dtype = tokens["query"].dtype
+    if any(x.dtype != dtype for x in tokens.values()):
+        told = ", ".join(f"{name} {x.dtype}" for name, x in tokens.items())
+        raise TypeError(f"query, key and value must have one dtype; got {told}")
+    return dtype
+
+
+def compute_dtype_of(xp: Any, dtype: Any, wanted: Any) -> Any:
+    """Return the dtype of scores, sums and lse."""
+    floats = xp.floats
+    if wanted is None:
+        return dtype if dtype == floats.get("float64") else floats["float32"]
+    for name in ("float32", "float64"):
+        if name in floats and (wanted == name or floats[name] == wanted):
+            return floats[name]
+    offered = " or ".join(name for name in ("float32", "float64") if name in floats)
+    raise ValueError(
+        f"compute_dtype must be None or {offered} for these {xp.name} arrays; got {wanted!r}"
+    )
+
+
+def scale_of(xp: Any, scale: Any, d: int, compute: Any) -> Any:
+    """Return the scale: a float, or an array without axes."""
+    if scale is None:
+        return 1.0 / math.sqrt(d) if d else 1.0
+    if is_array(scale):
+        if tuple(scale.shape) != () or not any(scale.dtype == t for t in xp.floats.values()):
+            raise TypeError(
+                "scale must be a number or a floating array without axes; "
+                f"got {scale.dtype} of shape {tuple(scale.shape)}"
+            )
+        return scale
+    return _number("scale", scale, xp.finfo(compute).max)
+
+
+def softcap_of(xp: Any, softcap: Any, compute: Any) -> float | None:
+    """Return the softcap, positive and finite; None stays None."""
+    if softcap is None:
+        return None
+    number = _number("softcap", softcap, xp.finfo(compute).max, "positive and finite")
+    if number <= 0:
+        raise ValueError(f"softcap must be positive; got {softcap!r}")
+    return number
+
+
+def dropout_rate(dropout: Any, seed: Any) -> float:
+    """Return the rate of dropout, which needs a seed unless it is 0."""
+    rate = _number("dropout", dropout)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout must be in [0, 1); got {dropout!r}")
+    if rate and seed is None:
+        raise ValueError(
+            f"dropout_seed must be given with dropout={rate}: an int, or an integer array without "
+            "axes; equal seeds drop equal weights"
+        )
+    return rate
+
+
+def seed_of(xp: Any, seed: Any) -> Any:
+    """Return a seed as two 32-bit words."""
+    if seed is None:
+        return 0, 0
+    seed = index("dropout_seed", seed, xp)
+    if not hasattr(seed, "shape"):
+        return seed_words(seed)
+    wide = seed.dtype in (xp.int64, getattr(xp, "uint64", None))
+    return xp.astype(seed, xp.int32), xp.astype(seed >> 32, xp.int32) if wide else 0
+
+
+def _number(name: str, x: Any, limit: float = math.inf, kind: str = "finite") -> float:
+    if isinstance(x, str | bytes | bool):
+        raise TypeError(f"{name} must be a number; got {x!r}")
+    try:
+        number = float(x)
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number; got {x!r}") from None
+    if not abs(number) < limit:
+        raise ValueError(f"{name} must be {kind} in the compute dtype; got {x!r:.40}")
+    return number
+
+
+def index(name: str, x: Any, xp: Any, batch: tuple[int, ...] = ()) -> Any:
+    """Return `x` as an int, or as it is where it is an integer array that broadcasts to `batch`."""
+    kinds = "an int" + (" or an integer array over the batch axes" if batch else "")
+    if is_array(x):
+        if not xp.is_integer(x.dtype):
+            raise TypeError(f"{name} must be {kinds}; got an array of {x.dtype}")
+        if broadcast([tuple(x.shape), batch]) != batch:
+            raise ValueError(
+                f"{name} must broadcast to the batch shape {batch}; got shape {tuple(x.shape)}"
+            )
+        return x
+    if not isinstance(x, bool):
+        try:
+            return operator.index(x)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be {kinds}; got {x!r}")
+
+
+def check_positions(xp: Any, name: str, first: Any, n: int) -> None:
+    """Refuse positions that the library's index dtype cannot hold."""
+    limit = int(xp.iinfo(xp.index_dtype).max) // 2  # so that a difference of two is held, too
+    if isinstance(first, int) and not -limit <= first <= limit - n:
+        raise ValueError(
+            f"{name} must keep positions within ±{limit}, half of {xp.index_dtype}; got {first}"
+        )
+
+
+def positive(name: str, x: Any) -> int | None:
+    """Return `x` as a positive int; None stays None."""
+    if x is None:
+        return None
+    try:
+        number = operator.index(x)
+    except TypeError:
+        number = None
+    if number is None or isinstance(x, bool):
+        raise TypeError(f"{name} must be a positive int; got {x!r}")
+    if number < 1:
+        raise ValueError(f"{name} must be a positive int; got {x!r}")
+    return number
+
+
+def choice(name: str, x: Any, allowed: tuple[str, ...]) -> None:
+    """Refuse an `x` that is not one of `allowed`."""
+    if x not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {x!r}")
