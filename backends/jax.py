@@ -109,9 +109,11 @@ class Adapter(generic.Adapter):
     def fold(
         self, step: Callable[[State, Index], State], state: State, start: Index, stop: Index
     ) -> State:
-        """Loop with bounds that may be traced; an empty loop leaves no trace."""
+        """Loop with bounds that may be traced; no step leaves no trace, and one step no loop."""
         if start is stop or (_static(start, stop) and start >= stop):
             return state
+        if _static(start, stop) and start + 1 == stop:
+            return step(state, start)
         if not _static(start, stop):
             start, stop = (jnp.asarray(x, self.index_dtype) for x in (start, stop))
         return lax.fori_loop(start, stop, lambda i, state: step(state, i), state)

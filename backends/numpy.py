@@ -87,7 +87,7 @@ class Adapter(InPlace):
         done: Callable[[], None] | None = None,
     ) -> State:
         """Run the steps on as many threads as BLAS would use."""
-        threads = min(count, _threads.share())
+        threads = min(count, _threads.share()) if count > 1 else 1
         if threads < 2:
             return super().each(step, state, count, done)
 

@@ -227,11 +227,13 @@ key_chunk_size, compute_dtype
         if self._summary is not None:
             summary = request.xp.run(_combine, _Form(), {"summaries": (self._summary, summary)})
         self._summary, self._spec = summary, spec
-        self._next_key += request.spec.n_k
+        self._next_key = self._next_key + request.spec.n_k  # it may be the caller's array
         return self
 
     def merge(self, other: OnlineAttention) -> OnlineAttention:
         """Take the keys that `other` has seen, of the same queries, and return self.
+
+        The positions of later updates go on from this stream's own last key.
 
         Parameters
         ----------

@@ -136,6 +136,8 @@ def _masks(causal: bool, mask: Any) -> tuple[Mask, ...]:
         if isinstance(one, type):
             raise TypeError(f"mask must be a mask, not the class {one.__name__}: call it first")
         if isinstance(one, Mask):
+            if "__dataclass_fields__" not in vars(type(one)):  # equality and hash would be Mask's
+                raise TypeError(f"mask: {type(one).__name__} must be a frozen dataclass")
             masks.append(one)
         elif is_array(one):
             masks.append(Dense(one))

@@ -154,6 +154,18 @@ def test_own_mask(check, tokens):
     )
 
 
+def test_own_mask_must_be_a_dataclass(rng):
+    """Without fields of its own a mask equals every other one, and JAX would mix them up."""
+
+    class Plain(masks.Mask):
+        def tile(self, tile):
+            return None
+
+    q = rng.standard_normal((5, 4))
+    with pytest.raises(TypeError, match="Plain must be a frozen dataclass"):
+        attention(q, q, q, mask=Plain())
+
+
 @pytest.mark.feature("tuple of masks")
 def test_tuple(check, rng, tokens):
     dense, ids = rng.random((H, 1, N_K)) < 0.8, rng.integers(0, 2, (B, N_K))

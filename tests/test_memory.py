@@ -131,7 +131,7 @@ def widened(lib, dtype):
     return extra_bytes(lib, chunked, *arrays), 4 * 16384 * 64
 
 
-@pytest.mark.feature("half precision is widened tile by tile")
+@pytest.mark.feature("half precision is widened tile by tile (not bfloat16 by XLA on CPU)")
 def test_half_precision_is_widened_by_tile(lib):
     halves = set(lib.dtypes) & {"float16", "bfloat16"}
     if lib.name in ("jax", "jax-jit"):

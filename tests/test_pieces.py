@@ -172,6 +172,16 @@ def test_online_goes_on(lib, tokens):
 
 
 @pytest.mark.feature("OnlineAttention")
+def test_online_leaves_its_arguments(lib, tokens):
+    """An offset that is an array is not counted on in place."""
+    q, k, v = convert(lib, tokens)
+    offset = lib.asarray(np.asarray(3))
+    online = OnlineAttention(q, causal=True, query_offset=20, key_offset=offset)
+    online.update(k, v).update(k, v)
+    assert int(offset) == 3
+
+
+@pytest.mark.feature("OnlineAttention")
 def test_online_dtypes(lib, check, tokens):
     """Partial sums are kept in the compute dtype, so that halves do not lose digits on the way."""
     for dtype in lib.dtypes:

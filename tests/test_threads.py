@@ -1,0 +1,111 @@
+"""NumPy's threads: BLAS is held to one thread during a call, and as it was after it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import threadpoolctl
+
+from chunkattn import attention
+
+
+def blas_threads():
+    info = threadpoolctl.threadpool_info()
+    return [library["num_threads"] for library in info if library["user_api"] == "blas"]
+
+
+@pytest.fixture
+def tokens(rng):
+    return rng.standard_normal((3, 400, 16), dtype=np.float32)
+
+
+@pytest.fixture
+def two_threads():
+    """Let BLAS, and so a call, have two threads, however many the machine has."""
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        if max(blas_threads()) < 2:
+            pytest.skip("this BLAS takes no second thread")
+        yield
+
+
+def call(tokens, **kwargs):
+    return attention(*tokens, query_chunk_size=50, key_chunk_size=64, **kwargs)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_blas_is_held_and_released(tokens):
+    before, seen, threads = blas_threads(), [], set()
+
+    def progress(done, total):
+        seen.append(max(blas_threads()))
+        threads.add(threading.get_ident())
+
+    call(tokens, progress=progress)
+    assert set(seen) == {1}
+    assert blas_threads() == before
+
+
+def test_blas_at_one_thread_means_one(tokens):
+    """Who limits BLAS limits the call."""
+    threads = set()
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        call(tokens, progress=lambda done, total: threads.add(threading.get_ident()))
+    assert threads == {threading.get_ident()}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_calls_from_many_threads(tokens):
+    """The last call to end restores BLAS, whichever thread it is of; every result is the same."""
+    before = blas_threads()
+    expected = call(tokens)
+    for _ in range(8):
+        with ThreadPoolExecutor(4) as pool:
+            results = [pool.submit(call, tokens) for _ in range(8)]
+        for result in results:
+            np.testing.assert_array_equal(result.result(), expected)
+        assert blas_threads() == before
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_call_within_a_call(tokens):
+    """A callable that attends itself finds no second pool, and BLAS is restored once."""
+    before = blas_threads()
+    expected = call(tokens)
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        np.testing.assert_allclose(call(tokens), expected, atol=1e-6)
+        return kv_idx >= 0
+
+    np.testing.assert_allclose(call(tokens, mask=mask_mod), expected, atol=1e-6)
+    assert blas_threads() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork")  # of a process with threads, which is the point here
+@pytest.mark.usefixtures("two_threads")
+def test_fork_within_a_call(tokens):
+    """A child that is forked during a call has BLAS as it was before, and can attend."""
+    before, status = blas_threads(), []
+
+    def progress(done, total):
+        if done != 3:
+            return
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                held = blas_threads() == before
+                code = 0 if held and np.isfinite(call(tokens)).all() else 2
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        status.append(os.waitpid(child, 0)[1])
+
+    call(tokens, progress=progress)
+    assert status == [0]
+    assert blas_threads() == before
