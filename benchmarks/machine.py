@@ -34,6 +34,16 @@ def about(command, arguments):
     )
 
 
+def write(lines, path):
+    """Print a report line by line as it comes, then write it to `path` where there is one."""
+    written = []
+    for line in lines:
+        print(line, flush=True)
+        written.append(line)
+    if path:
+        path.write_text("\n".join(written) + "\n")
+
+
 def processor():
     """Return the processor's name where the system tells it."""
     path = Path("/proc/cpuinfo")

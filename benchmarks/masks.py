@@ -17,7 +17,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
-from machine import about
+from machine import about, write
 
 from chunkattn import attention, masks
 
@@ -125,12 +125,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    lines = []
-    for line in report(arguments):
-        print(line, flush=True)
-        lines.append(line)
-    if arguments.out:
-        arguments.out.write_text("\n".join(lines) + "\n")
+    write(report(arguments), arguments.out)
 
 
 if __name__ == "__main__":

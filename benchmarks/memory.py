@@ -14,7 +14,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
-from machine import about
+from machine import about, write
 
 from chunkattn import attention
 
@@ -51,11 +51,7 @@ def main():
     parser.add_argument("--longest", type=int, default=16384)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    lines = []
-    for line in report(arguments):
-        print(line, flush=True)
-        lines.append(line)
-    arguments.out.write_text("\n".join(lines) + "\n")
+    write(report(arguments), arguments.out)
 
 
 if __name__ == "__main__":

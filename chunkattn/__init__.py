@@ -6,7 +6,8 @@ every other library of the standard.
 
 from . import interop, masks
 from ._attention import attention
-from ._pieces import OnlineAttention, merge
+from ._merge import merge
+from ._online import OnlineAttention
 
 __version__ = "0.1.0"
 __all__ = ["OnlineAttention", "attention", "interop", "masks", "merge"]

@@ -90,8 +90,6 @@ def make_request(
         ("key_offset", key_offset, shapes.n_k),
     ):
         check_positions(xp, name, first, n)
-    lead = (*shapes.batch, shapes.key_heads)
-    group = shapes.heads // shapes.key_heads if shapes.key_heads else 1
     spec = Spec(
         **vars(shapes),
         layout=layout,
@@ -103,10 +101,7 @@ def make_request(
         masks=tuple(replace(m, **dict.fromkeys(_held(m))) for m in masks),
         schedule=schedule(
             xp,
-            lead,
-            group,
-            shapes.n_q,
-            shapes.n_k,
+            shapes,
             positive("query_chunk_size", query_chunk_size),
             positive("key_chunk_size", key_chunk_size),
             masks,

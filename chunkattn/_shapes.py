@@ -20,7 +20,17 @@ class Shapes:
     n_q: int
     n_k: int
     d_v: int
-    headless: bool
+    headless: bool  # the arrays are (n, d)
+
+    @property
+    def group(self) -> int:
+        """Query heads to a key head."""
+        return self.heads // self.key_heads if self.key_heads else 1
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The batch axes and the key heads: what blocks are cut from."""
+        return (*self.batch, self.key_heads)
 
     @property
     def scores(self) -> tuple[int, ...]:

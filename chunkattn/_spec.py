@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from ._shapes import Shapes
 from .masks import Mask, Predicate
 
 
@@ -23,16 +24,9 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(Shapes):
     """The static part of a call; the arrays travel beside it in a dict by argument name."""
 
-    batch: tuple[int, ...]
-    heads: int
-    key_heads: int
-    n_q: int
-    n_k: int
-    d_v: int
-    headless: bool  # the arrays are (n, d)
     layout: str
     dtype: Any
     compute: Any
@@ -46,11 +40,6 @@ class Spec:
     done: Callable[[], None] | None = None  # called after each task
 
     @property
-    def group(self) -> int:
-        """Query heads to a key head."""
-        return self.heads // self.key_heads if self.key_heads else 1
-
-    @property
     def calls_back(self) -> bool:
         """Whether functions of the caller run inside, which may hold anything."""
         return self.score_mod is not None or any(isinstance(m, Predicate) for m in self.masks)
@@ -59,11 +48,6 @@ class Spec:
     def functional(self) -> bool:
         """Whether nothing is overwritten, so that an autograd that watches the calls can follow."""
         return self.standard
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """The batch axes and the key heads: what blocks are cut from."""
-        return (*self.batch, self.key_heads)
 
     @property
     def blocks(self) -> int:
@@ -90,10 +74,7 @@ class Spec:
 
 def schedule(
     xp: Any,
-    lead: tuple[int, ...],
-    group: int,
-    n_q: int,
-    n_k: int,
+    shapes: Shapes,
     query_chunk_size: int | None,
     key_chunk_size: int | None,
     masks: tuple[Mask, ...],
@@ -110,22 +91,22 @@ def schedule(
     limits += [512] if score_mod is not None else []
     rows, cols = (min([size, *limits]) for size in xp.chunk_sizes)
     rows, cols = (
-        max(1, min(n_q, query_chunk_size or rows)),
-        max(1, min(n_k, key_chunk_size or cols)),
+        max(1, min(shapes.n_q, query_chunk_size or rows)),
+        max(1, min(shapes.n_k, key_chunk_size or cols)),
     )
-    budget = xp.tile_elements // group
+    budget = xp.tile_elements // shapes.group
     if not xp.splits_batch:
-        while prod(lead) * rows * cols > budget and max(rows, cols) > 64:
+        while prod(shapes.lead) * rows * cols > budget and max(rows, cols) > 64:
             if rows >= cols and query_chunk_size is None and rows > 64:
                 rows = -(-rows // 2)
             elif key_chunk_size is None and cols > 64:
                 cols = -(-cols // 2)
             else:
                 break
-        return Schedule(rows, cols, tuple(max(1, n) for n in lead))
+        return Schedule(rows, cols, tuple(max(1, n) for n in shapes.lead))
     room = max(1, budget // (rows * cols))
     block = []
-    for n in reversed(lead):
+    for n in reversed(shapes.lead):
         size = max(1, min(n, room))
         block.append(size)
         room = room // size if size == n else 1

@@ -10,9 +10,9 @@ from functools import cached_property, reduce
 from math import prod
 from typing import Any
 
+from ._mask import Range
 from ._partial import Summary, empty, of_sinks
 from ._spec import Spec
-from .masks import Range
 
 Array = Any
 Index = Any  # an int, or a traced integer

@@ -1,0 +1,138 @@
+"""Masks that index arrays of one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ._mask import Mask, Range
+
+if TYPE_CHECKING:
+    from ._shapes import Shapes
+    from ._tiles import Rows, Tile
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Segments(Mask):
+    """Allow the pairs of equal ids: several documents packed into one sequence.
+
+    Parameters
+    ----------
+    query : integer array of shape (…, n_q) over the batch axes
+        The segment of each query.
+    key : integer array of shape (…, n_k), optional
+        The segment of each key; default: that of the query of the same index.
+
+    Notes
+    -----
+    Ids may stand in any order.  Where each query chunk meets few ids and these stand together, as
+    when they are sorted, the tiles of other segments are skipped.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from chunkattn import attention, masks
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 10, 4))
+    >>> out = attention(q, k, v, mask=masks.Segments(np.asarray([0] * 6 + [1] * 4)))
+    >>> np.allclose(out[6:], attention(q[6:], k[6:], v[6:]))
+    True
+    """
+
+    query: Array
+    key: Array | None = None
+
+    positional = False
+
+    def __post_init__(self) -> None:
+        for name in ("query", "key"):
+            ids = getattr(self, name)
+            if ids is not None and not hasattr(ids, "dtype"):
+                raise TypeError(f"Segments: {name} must be an integer array; got {ids!r}")
+
+    def check(self, xp: Any, shapes: Shapes) -> None:
+        """Refuse ids that are not integers, one for each query and key."""
+        for name, ids, n in (("query", self.query, shapes.n_q), ("key", self._keys, shapes.n_k)):
+            shapes.check_integers(xp, f"Segments: {name}", ids, (*shapes.batch, n), n)
+
+    @property
+    def _keys(self) -> Array:
+        return self.query if self.key is None else self.key
+
+    def key_range(self, rows: Rows) -> Range:
+        """From the first key to the last one whose id lies among the queries'."""
+        xp = rows.xp
+        start, stop, _ = self._runs(rows)
+        return self._positions(rows, xp.min(start), xp.max(stop))
+
+    def full_range(self, rows: Rows) -> Range:
+        """Return the run of keys with the queries' id, where there is one of each."""
+        xp = rows.xp
+        start, stop, whole = self._runs(rows)
+        return self._positions(rows, xp.max(start), xp.min(xp.where(whole, stop, start)))
+
+    def _positions(self, rows: Rows, start: Array, stop: Array) -> Range:
+        offset = rows.key_offset
+        return rows.xp.as_index(start) + offset, rows.xp.as_index(stop) + offset
+
+    def _runs(self, rows: Rows) -> tuple[Array, Array, Array]:
+        """Return by batch entry the key indices from first to last hit, and whether all in it hit.
+
+        A key is hit where its id lies between the smallest and the largest of the queries'.
+        """
+        xp = rows.xp
+        queries = xp.read(rows.of_batch(self.query, 1), -1, rows.start, rows.size)
+        keys = rows.of_batch(self._keys, 1)
+        low = xp.min(queries, axis=-1, keepdims=True)
+        high = xp.max(queries, axis=-1, keepdims=True)
+        hit = xp.astype((keys >= low) & (keys <= high), xp.int8)
+        start = xp.argmax(hit, axis=-1)
+        stop = hit.shape[-1] - xp.argmax(xp.flip(hit, axis=-1), axis=-1)
+        count = xp.sum(hit, axis=-1, dtype=start.dtype)
+        stop = xp.where(count > 0, stop, start)
+        return start, stop, (low == high)[..., 0] & (count == stop - start)
+
+    def tile(self, tile: Tile) -> Array:
+        """Compare ids."""
+        rows, xp = tile.rows, tile.xp
+        queries = xp.read(rows.of_batch(self.query, 1), -1, rows.start, rows.size)
+        keys = xp.read(rows.of_batch(self._keys, 1), -1, tile.start, tile.size)
+        return queries[..., None, :, None] == keys[..., None, None, :]
+
+    @property
+    def tile_limit(self) -> int:
+        """Documents are often short."""
+        return 256
+
+
+@dataclass(frozen=True)
+class Dense(Mask):
+    """Allow the pairs where a boolean array is True.
+
+    Parameters
+    ----------
+    allowed : boolean array
+        Broadcasts to ``(…, h, n_q, n_k)``; it is sliced tile by tile and never expanded.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from chunkattn import attention, masks
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 10, 4))
+    >>> out = attention(q, k, v, mask=masks.Dense(np.eye(10, dtype=bool)))
+    >>> np.allclose(out, v)
+    True
+    """
+
+    allowed: Array
+
+    positional = False
+
+    def check(self, xp: Any, shapes: Shapes) -> None:
+        """Refuse an array that is not boolean or does not broadcast to the scores."""
+        shapes.check_mask(xp, "mask", self.allowed)
+
+    def tile(self, tile: Tile) -> Array:
+        """Slice the array."""
+        return tile.slice(self.allowed)

@@ -1,0 +1,103 @@
+"""The base class of all masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._shapes import Shapes
+    from ._tiles import Rows, Tile
+
+Array = Any
+Range = tuple[Any, Any]  # (first, one past the last) key position; None where unbounded
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which pairs of a query and a key may attend: the base class of all masks.
+
+    A mask of your own is a frozen dataclass that derives from this class and defines `tile`, and
+    `key_range` where it can tell which keys are out of reach.  Fields that hold arrays are data
+    (JAX may trace them); all other fields must be hashable.
+
+    Attributes
+    ----------
+    aligned : bool
+        Whether the mask compares the positions of queries with those of keys, so that
+        `attention` must know how the two are aligned.  Default False.
+    positional : bool
+        Whether the mask speaks of positions alone; False where it indexes arrays of one call,
+        which a stream does not have.  Default True.
+
+    Examples
+    --------
+    Every key of the query's own block of 16, and the first key of all:
+
+    >>> from dataclasses import dataclass
+    >>> import numpy as np
+    >>> from chunkattn import attention, masks
+    >>> @dataclass(frozen=True)
+    ... class Blocks(masks.Mask):
+    ...     size: int
+    ...
+    ...     def key_range(self, rows):
+    ...         return None, (rows.last // self.size + 1) * self.size
+    ...
+    ...     def tile(self, tile):
+    ...         same = tile.q_idx // self.size == tile.kv_idx // self.size
+    ...         return same | (tile.kv_idx == 0)
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 64, 8))
+    >>> attention(q, k, v, mask=Blocks(16)).shape
+    (64, 8)
+    """
+
+    aligned = False
+    positional = True
+
+    def key_range(self, rows: Rows) -> Range:
+        """Return the range of key positions outside of which no query of `rows` sees a key.
+
+        Parameters
+        ----------
+        rows : Rows
+            The queries: ``rows.first`` and ``rows.last`` are their smallest and largest position.
+
+        Returns
+        -------
+        tuple
+            ``(first, one past the last)``; None for an end that is not bounded (the default).
+        """
+        return None, None
+
+    def full_range(self, rows: Rows) -> Range | None:
+        """Return a range of key positions that every query of `rows` sees; None: none known.
+
+        Tiles in this range are not masked at all.
+        """
+        return None
+
+    def tile(self, tile: Tile) -> Array | None:
+        """Return which pairs of `tile` may attend.
+
+        Parameters
+        ----------
+        tile : Tile
+            ``tile.q_idx`` and ``tile.kv_idx`` are the positions of its queries and keys,
+            ``tile.b`` and ``tile.h`` batch entries and heads, all integer arrays that broadcast
+            against (…, h, queries, keys); ``tile.xp`` has the functions of the array library.
+
+        Returns
+        -------
+        boolean array or None
+            Broadcasts against the tile; None where all pairs are allowed.
+        """
+        raise NotImplementedError
+
+    def check(self, xp: Any, shapes: Shapes) -> None:
+        """Refuse arrays that do not fit a call of these shapes."""
+
+    @property
+    def tile_limit(self) -> int | None:
+        """The size from which a tile would cover much that is not seen; None: no such size."""
+        return None
