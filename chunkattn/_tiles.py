@@ -119,7 +119,10 @@ class Rows:
         if hasattr(self.offset, "shape"):
             self.offset = self.of_batch(self.offset)[..., None, None, None]
         query = self.xp.read(self.of_block(problem.query, self.heads), -2, start, size)
-        self.query = self.grouped(self.xp.cast(query, spec.compute) * problem.scale)
+        query = self.xp.cast(query, spec.compute) * problem.scale
+        if tuple(query.shape[:-1]) != self.lead:  # so that scores have every batch axis
+            query = self.xp.broadcast_to(query, (*self.lead, query.shape[-1]))
+        self.query = self.grouped(query)
 
     def of_batch(self, x: Array, own: int = 0) -> Array:
         """Return this block's part of an array over the batch axes and `own` further axes."""

@@ -69,15 +69,22 @@ def test_batch_axes(check, rng, implementation, batch):
 @pytest.mark.feature("batch broadcasting")
 @pytest.mark.parametrize(
     ("q_batch", "k_batch", "v_batch"),
-    [((2, 1), (1, 3), (2, 3)), ((3,), (), ()), ((), (3,), (1,)), ((2, 3), (3,), (2, 1))],
+    [
+        ((2, 1), (1, 3), (2, 3)),
+        ((3,), (), ()),
+        ((), (3,), (1,)),
+        ((), (1,), (3,)),
+        ((2, 3), (3,), (2, 1)),
+    ],
 )
 def test_batch_broadcasting(check, rng, implementation, q_batch, k_batch, v_batch):
     q = rng.standard_normal((*q_batch, 4, 9, 6))
     k = rng.standard_normal((*k_batch, 2, 11, 6))
     v = rng.standard_normal((*v_batch, 2, 11, 3))
-    mask = rng.random((4, 1, 11)) < 0.6
+    batch = np.broadcast_shapes(q_batch, k_batch, v_batch)
+    mask, bias = rng.random((4, 1, 11)) < 0.6, rng.standard_normal((*batch, 4, 1, 11))
     check(q, k, v, implementation=implementation, key_chunk_size=4)
-    check(q, k, v, implementation=implementation, key_chunk_size=4, mask=mask)
+    check(q, k, v, implementation=implementation, key_chunk_size=4, mask=mask, bias=bias)
 
 
 @pytest.mark.feature("layout (…, n, h, d)")

@@ -54,6 +54,7 @@ def calls(draw):
 
 
 @pytest.mark.feature("any mixture of these")
+@settings(max_examples=100)
 @given(call=calls())
 def test_any_call(check, call):
     query, key, value, kwargs = call
