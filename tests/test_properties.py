@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chunkattn import attention, masks
+
 sizes = st.one_of(st.integers(0, 4), st.integers(1, 33))
 chunk = st.one_of(st.none(), st.integers(1, 40))
 
@@ -61,9 +63,75 @@ def test_any_call(check, call):
     check(query, key, value, **kwargs)
 
 
+@st.composite
+def masked_calls(draw):
+    """Return tokens, keywords, masks by name with their data, and the pairs that they allow."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    n_q, n_k = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    q, k, v = (rng.standard_normal((batch, heads, n, 3)) for n in (n_q, n_k, n_k))
+    query_offset = rng.integers(-20, 40, batch) if draw(st.booleans()) else draw(st.integers(-9, 9))
+    key_offset = draw(st.integers(-5, 5))
+    kwargs = {
+        "query_chunk_size": draw(chunk),
+        "key_chunk_size": draw(chunk),
+        "query_offset": query_offset,
+        "key_offset": key_offset,
+    }
+    if draw(st.booleans()):
+        kwargs["sinks"] = rng.standard_normal(heads)
+    i, j = np.arange(n_q)[:, None], np.arange(n_k)
+    position = j + key_offset
+    distance = position - i - np.asarray(query_offset)[..., None, None, None]
+    allowed = np.ones((batch, 1, n_q, n_k), dtype=bool)
+    chosen = []
+    for kind in draw(st.lists(st.sampled_from(["window", "lengths", "segments"]), max_size=3)):
+        if kind == "window":
+            left, right = (draw(st.one_of(st.none(), st.integers(0, 12))) for _ in range(2))
+            chosen.append((lambda left=left, right=right: masks.Window(left, right), []))
+            allowed &= (left is None) | (distance >= -(left or 0))
+            allowed &= (right is None) | (distance <= (right or 0))
+        elif kind == "lengths":
+            data = [rng.integers(-2, n + 3, batch) for n in (n_q, n_k)]
+            chosen.append((masks.Lengths, data))
+            queries, keys = (x[:, None, None, None] for x in data)
+            allowed &= (i < queries) & (position < keys)
+        else:
+            data = [rng.integers(0, 4, (batch, n)) for n in (n_q, n_k)]
+            data = [np.sort(x) for x in data] if draw(st.booleans()) else data
+            chosen.append((masks.Segments, data))
+            allowed &= data[0][:, None, :, None] == data[1][:, None, None, :]
+    return (q, k, v), kwargs, chosen, allowed
+
+
+def check_masks(check, call):
+    tokens, kwargs, chosen, allowed = call
+    data = [[check.lib.asarray(x) for x in held] for _, held in chosen]
+
+    def function(query, key, value, *, data, **kwargs):
+        mask = tuple(make(*x) for (make, _), x in zip(chosen, data, strict=True))
+        return attention(query, key, value, mask=mask, **kwargs)
+
+    check(*tokens, function=function, data=data, known={"mask": allowed}, **kwargs)
+
+
+@pytest.mark.feature("any mixture of these")
+@settings(max_examples=60)
+@given(call=masked_calls())
+def test_any_masks(check, call):
+    check_masks(check, call)
+
+
 @pytest.mark.slow
 @settings(settings.get_profile("long"))
 @given(call=calls())
 def test_any_call_at_length(check, call):
     query, key, value, kwargs = call
     check(query, key, value, **kwargs)
+
+
+@pytest.mark.slow
+@settings(settings.get_profile("long"))
+@given(call=masked_calls())
+def test_any_masks_at_length(check, call):
+    check_masks(check, call)
