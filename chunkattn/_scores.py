@@ -36,7 +36,9 @@ def _modified(tile: Tile, score_mod: Callable[..., Any], s: Array) -> Array:
     if not hasattr(modified, "dtype") or tuple(modified.shape) != tuple(s.shape):
         got = getattr(modified, "shape", type(modified).__name__)
         raise ValueError(f"score_mod must return an array of shape {tuple(s.shape)}; got {got}")
-    return tile.xp.cast(modified, s.dtype)
+    # A copy, since what follows is done in place, and the function may have returned an array of
+    # its own.
+    return s if modified is s else tile.xp.astype(modified, s.dtype)
 
 
 def gather(tile: Tile, weights: Array) -> Array:

@@ -182,6 +182,16 @@ def test_order(check, rng):
     )
 
 
+def test_what_a_callable_returns_is_left_alone(lib, rng):
+    """The scores are computed on in place, but not in an array that the caller keeps."""
+    q = lib.asarray(rng.standard_normal((2, 8, 4)))
+    own = lib.asarray(rng.standard_normal((2, 8, 8)), "float32")
+    before = lib.numpy(own).copy()
+    bias = lib.asarray(rng.standard_normal((8, 8)))
+    attention(q, q, q, score_mod=lambda s, b, h, i, j: own, bias=bias)
+    np.testing.assert_array_equal(lib.numpy(own), before)
+
+
 def test_callables_are_called_once_per_tile(lib, rng):
     q = lib.asarray(rng.standard_normal((2, 40, 4)))
     calls = []
