@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from machine import about, write
@@ -46,8 +45,7 @@ def ratio(found):
 
 def report(arguments):
     """Yield the lines of the report."""
-    yield f"# Rounding errors\n\n{about('python benchmarks/accuracy.py', arguments)}"
-    yield f"- ml_dtypes {version('ml_dtypes')}\n"
+    yield f"# Rounding errors\n\n{about('python benchmarks/accuracy.py', arguments)}\n"
     lengths = " or ".join(f"{n_q} queries × {n_k:,} keys (“long rows”)" for n_q, n_k in CASES)
     lengths = lengths.replace(" (“long rows”)", "", 1)
     yield (
