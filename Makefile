@@ -4,6 +4,9 @@
 PYTHON ?= python3
 WORKERS ?= 2
 GPU_LIBRARIES ?= cupy,torch-cuda,jax-cuda
+# The conformance suite proper: what runs on any library, and needs few packages.
+GPU_TESTS := $(patsubst %,tests/test_%.py,attention values pieces masks callables sinks_dropout \
+	properties accuracy memory peers)
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -33,13 +36,13 @@ slow: $(VENV)/.test  ## the tests that take more than half a minute each
 	$(PYTEST) tests -m slow || [ $$? -eq 5 ]  # 5: there are none
 
 # Installs nothing: tests with the libraries of $(PYTHON)'s environment, on a copy of the package.
-# That environment has to have NumPy, array-api-compat, pytest, hypothesis, ml_dtypes and
-# threadpoolctl beside the libraries under test; PYTHONPATH may add what it lacks.
+# That environment has to have NumPy, array-api-compat, pytest and hypothesis beside the libraries
+# under test; PYTHONPATH may add what it lacks.
 gpu: build/package  ## the suite on CuPy, PyTorch and JAX with CUDA, in the environment of PYTHON
 	mkdir -p $(dir $(RECORD))
 	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/package$${PYTHONPATH:+:$$PYTHONPATH}" \
 		XLA_PYTHON_CLIENT_PREALLOCATE=false \
-		$(PYTHON) -m pytest tests -m 'not slow' --libraries $(GPU_LIBRARIES) \
+		$(PYTHON) -m pytest $(GPU_TESTS) -m 'not slow' --libraries $(GPU_LIBRARIES) \
 		--capabilities $(dir $(RECORD))gpu.json
 
 lint: $(VENV)/.lint build/package  ## ruff, and mypy on a copy laid out as installed

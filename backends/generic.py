@@ -90,8 +90,8 @@ class Adapter:
     def check(self, x: Array, name: str) -> None:
         """Refuse an array of this library that attention would misread."""
 
-    def traced(self, x: Array) -> bool:
-        """Whether `x` stands for values that are not known yet."""
+    def traced(self, x: Any) -> bool:
+        """Whether an array, or any in a nest of dicts and tuples, has values yet unknown."""
         return False
 
     def device(self, x: Array) -> Any:

@@ -51,9 +51,9 @@ class Adapter(generic.Adapter):
         """Whether `dtype` is an integer."""
         return bool(jnp.issubdtype(dtype, jnp.integer))
 
-    def traced(self, x: Array) -> bool:
-        """Whether `x` stands for values that are not known yet."""
-        return isinstance(x, jax.core.Tracer)
+    def traced(self, x: Any) -> bool:
+        """Whether an array, or any in a nest of dicts and tuples, is a tracer."""
+        return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
 
     def device(self, x: Array) -> Any:
         """Return the devices that `x` is committed to; None for a tracer or a free array."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -180,22 +180,13 @@ def attention(
         implementation=implementation,
     )
     bar = Progress(progress, request.spec.tasks)
-    if bar.done is not None and any(map(request.xp.traced, _leaves(request.arrays))):
+    if bar.done is not None and request.xp.traced(request.arrays):
         raise ValueError(
             "progress cannot be reported from a traced call (jit, vmap, grad), only an eager one"
         )
     with bar:
         out, lse = run(request, bar.done)
     return (out, lse) if return_lse else out
-
-
-def _leaves(x: Any) -> Iterator[Any]:
-    """Yield what stands in a nest of dicts and tuples."""
-    if isinstance(x, dict | tuple):
-        for y in x.values() if isinstance(x, dict) else x:
-            yield from _leaves(y)
-    else:
-        yield x
 
 
 def run(request: Request, done: Callable[[], None] | None = None) -> tuple[Array, ...]:

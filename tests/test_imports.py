@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import shutil
 import subprocess
@@ -500,3 +501,12 @@ def test_numpy_errors_raised_by_the_caller_s_wish(rng, dtype, implementation):
         stream.merge(OnlineAttention(q).update(k, v)).result()
     assert not out[:, 3].any()
     assert np.isneginf(lse[:, 3]).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["numpy", "torch", "jax", "ml_dtypes", "array_api_strict", "onnx", "threadpoolctl", "tqdm"],
+)
+def test_the_suite_is_complete(name):
+    """What single tests skip without is here, so that no such skip hides anything."""
+    assert importlib.import_module(name)

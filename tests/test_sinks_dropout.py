@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from chunkattn import OnlineAttention, attention, masks, merge
+from chunkattn import OnlineAttention, attention, merge
 from chunkattn._dropout import seed_words, threefry
 
 
@@ -197,4 +197,3 @@ def test_refused_arguments(lib, tokens):
         attention(q, k, v, sinks=lib.asarray(np.zeros(4, dtype=int)))
     with pytest.raises(TypeError, match="sinks must be an array"):
         attention(q, k, v, sinks=[0.0] * 4)
-    assert masks.Causal() == masks.Causal()
