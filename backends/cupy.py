@@ -29,6 +29,13 @@ class Adapter(InPlace):
         with next(x.device for x in _arrays(arrays)):
             return tuple(algorithm(self, spec, arrays))
 
+    def differentiable(
+        self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
+    ) -> dict[str, Array]:
+        """Call the operation on the device that holds the arrays."""
+        with next(x.device for x in _arrays(inputs)):
+            return super().differentiable(operation, spec, data, inputs)
+
 
 def _arrays(x: Any) -> Iterator[Array]:
     """Yield the arrays in a nest of dicts and tuples."""

@@ -11,6 +11,7 @@ here written with the standard alone (2021.12 and later):
 ``index(like, n)``    the integers 0 … n-1 on the device of `like`
 ``cast(x, dtype)``    `x` in `dtype`, itself where it is already
 ``read``, ``write``   a run of entries along an axis; `start` may be traced
+``accumulate``        adds to a part of an array; its corner may be traced
 ``workspace``         memory that `matmul` may write to again and again, or None
 ``matmul``            the product in the dtype of its operands, which have the compute dtype
 ``exp_``, ``hide``    exponential and masking; may overwrite their argument
@@ -22,7 +23,12 @@ here written with the standard alone (2021.12 and later):
 ``pieces``            how an axis is cut into chunks
 ``fold``              a loop that carries a state
 ``each``              a loop whose steps write to places that do not overlap
-``run``               calls the algorithm on the request's arrays
+``promoted``          query, key and value in the dtype that a surrounding mode asks for
+``lift``              a function of the caller's, with the arrays it captures as an argument
+``pushforward``       the tangent of a score_mod on a tile
+``pullback``          the gradients of a score_mod on a tile
+``run``               calls an algorithm that the library may differentiate by itself
+``differentiable``    calls an operation that comes with rules for its derivatives
 ====================  ======================================================================
 
 Two tricks spare the algorithm a branch per library.  ``x *= y`` works in place where arrays are
@@ -53,6 +59,8 @@ class Adapter:
     tile_elements = 2**20
     #: True where batch entries and heads may be split over several tasks
     splits_batch = True
+    #: True where the library differentiates functions
+    autodiff = False
 
     def __init__(self, namespace: Any) -> None:
         self.namespace = namespace
@@ -119,6 +127,14 @@ class Adapter:
         x[(*block, slice(start, start + value.shape[-2]), slice(None))] = value
         return x
 
+    def accumulate(
+        self, x: Array, value: Array, block: tuple[slice, ...], row: Index, col: Index
+    ) -> Array:
+        """Add `value` at a row and a column of a block; return `x` or its successor."""
+        rows, cols = value.shape[-2:]
+        x[(*block, slice(row, row + rows), slice(col, col + cols))] += value
+        return x
+
     def workspace(self, like: Array, size: int, dtype: Any) -> Array | None:
         """Return memory for `size` elements that `matmul` may write to, or None."""
         return None
@@ -131,9 +147,9 @@ class Adapter:
         """Return ``exp(x)``; `x` may be overwritten."""
         return self.exp(x)
 
-    def hide(self, scores: Array, allowed: Array) -> Array:
-        """Return `scores` with -inf where not `allowed`; `scores` may be overwritten."""
-        return self.where(allowed, scores, self.new(scores, (), -float("inf"), scores.dtype))
+    def hide(self, x: Array, allowed: Array, fill: float) -> Array:
+        """Return `x` with `fill` where not `allowed`; `x` may be overwritten."""
+        return self.where(allowed, x, self.new(x, (), fill, x.dtype))
 
     def maximum(self, a: Array, b: Array) -> Array:
         """Return the larger of `a` and `b`, NaN where either is NaN."""
@@ -199,11 +215,91 @@ class Adapter:
                 done()
         return state
 
+    def promoted(self, tokens: dict[str, Array]) -> dict[str, Array]:
+        """Return query, key and value in the dtype that a surrounding mode asks for."""
+        return tokens
+
+    def lift(
+        self,
+        function: Callable[..., Array],
+        example: Callable[[int, int], tuple[Array, ...]],
+        sizes: list[tuple[int, int]],
+    ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
+        """Return ``(lifted, captured)`` with ``lifted(captured, *args) == function(*args)``.
+
+        `captured` are the arrays that `function` holds and derivatives may be asked of, or that
+        are traced.  ``example(rows, cols)`` are the arguments for a tile; `sizes` those of the
+        tiles to come.
+        """
+        return _Unlifted(function), ()
+
+    def pushforward(
+        self, function: Any, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+    ) -> Any:
+        """Return the tangent of the result of a score_mod on a tile.
+
+        `function` is called with `primals`, of which the first are the scores; what is not
+        floating has no tangent.  A library that cannot differentiate takes ``function.derivative``.
+        """
+        return function.derivative(primals[0]) * tangents[0]
+
+    def pullback(
+        self, function: Any, primals: tuple[Array, ...], cotangent: Array
+    ) -> tuple[Array | None, ...]:
+        """Return the gradients of a score_mod's arguments; None for what is not floating."""
+        return (cotangent * function.derivative(primals[0]),)
+
     def run(
         self,
         algorithm: Callable[[Any, Any, dict[str, Any]], tuple[Array, ...]],
         spec: Any,
         arrays: dict[str, Any],
     ) -> tuple[Array, ...]:
-        """Return ``algorithm(self, spec, arrays)``; `spec` is hashable, `arrays` hold the data."""
+        """Return ``algorithm(self, spec, arrays)``; `spec` is hashable, `arrays` hold the data.
+
+        Nothing is overwritten, so that an autograd that watches the calls can follow.
+        """
         return algorithm(self, spec, arrays)
+
+    def differentiable(
+        self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
+    ) -> dict[str, Array]:
+        """Return ``operation(self, spec, data, inputs)``, arrays by name.
+
+        `operation` and `spec` are hashable; where `spec.calls_back`, or `operation.done` is given,
+        functions of the caller run inside, which may hold anything.  A library with automatic
+        differentiation calls the operation's rules with a function like this one (without `self`)
+        as `apply`:
+
+        ``operation.tangent(apply, spec, data, inputs, outputs, tangents)``
+            the outputs' tangents, given the tangents of some inputs; or the rule is None
+        ``operation.cotangent(apply, spec, data, inputs, outputs, cotangents, wanted)``
+            the gradients of the `wanted` inputs, given those of all outputs; or the rule is None
+        """
+        found: dict[str, Array] = operation(self, spec, data, inputs)
+        return found
+
+
+class _Unlifted:
+    """A function that captures nothing, with an empty tuple as its first argument."""
+
+    def __init__(self, function: Callable[..., Array]) -> None:
+        self.function = function
+
+    def __call__(self, captured: tuple[Array, ...], *args: Array) -> Array:
+        return self.function(*args)
+
+
+def of_floating(
+    function: Callable[..., Any], primals: tuple[Array, ...], is_floating: Callable[[Array], bool]
+) -> tuple[Callable[..., Any], list[int]]:
+    """Return `function` of its floating arguments alone, and the numbers of these."""
+    floating = [i for i, x in enumerate(primals) if is_floating(x)]
+
+    def of_those(*xs: Array) -> Any:
+        args = list(primals)
+        for i, x in zip(floating, xs, strict=True):
+            args[i] = x
+        return function(*args)
+
+    return of_those, floating

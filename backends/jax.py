@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import generic
+from . import generic, jax_primitive
 from .generic import Array, Index, State
 
 # Returns its argument; under vmap, whether it holds anywhere in the batch, as one unbatched bool: a
@@ -24,6 +24,15 @@ def _compiled(algorithm: Callable[..., Any], adapter: Adapter) -> Any:
     return jax.jit(functools.partial(algorithm, adapter), static_argnums=0)
 
 
+@functools.lru_cache
+def _operations(adapter: Adapter) -> Any:
+    return jax.jit(functools.partial(jax_primitive.apply, adapter), static_argnums=(0, 1))
+
+
+def _is_floating(x: Array) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.floating))
+
+
 def _static(*bounds: Index) -> bool:
     return all(isinstance(bound, int) for bound in bounds)
 
@@ -33,6 +42,7 @@ class Adapter(generic.Adapter):
 
     name = "jax"
     splits_batch = False
+    autodiff = True
 
     @property
     def index_dtype(self) -> Any:
@@ -76,6 +86,13 @@ class Adapter(generic.Adapter):
     def write(self, x: Array, value: Array, block: tuple[slice, ...], start: Index) -> Array:
         """Return `x` with `value` in rows `start`, …; a block is the whole batch here."""
         return lax.dynamic_update_slice_in_dim(x, value, start, x.ndim - 2)
+
+    def accumulate(
+        self, x: Array, value: Array, block: tuple[slice, ...], row: Index, col: Index
+    ) -> Array:
+        """Return `x` with `value` added at a row and a column; a block is the whole batch here."""
+        start = (*(0 for _ in block), row, col)
+        return lax.dynamic_update_slice(x, lax.dynamic_slice(x, start, value.shape) + value, start)
 
     def matmul(self, a: Array, b: Array, workspace: Array | None = None) -> Array:
         """Return ``a @ b``, in full precision unless `jax.default_matmul_precision` is set."""
@@ -136,15 +153,50 @@ class Adapter(generic.Adapter):
         return self.fold(reported, state, 0, count)
 
     def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
-        """Call the algorithm compiled; the compilation is kept for equal shapes and keywords.
+        """Call the algorithm compiled; the compilation is kept for equal shapes and keywords."""
+        return tuple(_compiled(algorithm, self)(spec, arrays))
 
-        It is not kept where functions of the caller take part: they may have changed by the next
-        call, or hold arrays that should not outlive it.
+    def lift(
+        self,
+        function: Callable[..., Array],
+        example: Callable[[int, int], tuple[Array, ...]],
+        sizes: list[tuple[int, int]],
+    ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
+        """Find the captured arrays by a trace for each size of a tile."""
+        shapes = [jax.eval_shape(functools.partial(example, *size)) for size in sizes]
+        lifted = jax_primitive.Lifted(function, shapes)
+        return lifted, lifted.captured
+
+    def pushforward(
+        self, function: Any, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+    ) -> Any:
+        """Differentiate by `jax.jvp`."""
+        function, floating = generic.of_floating(function, primals, _is_floating)
+        chosen = (tuple(xs[i] for i in floating) for xs in (primals, tangents))
+        return jax.jvp(function, *chosen)[1]
+
+    def pullback(
+        self, function: Any, primals: tuple[Array, ...], cotangent: Array
+    ) -> tuple[Array | None, ...]:
+        """Differentiate by `jax.vjp`."""
+        function, floating = generic.of_floating(function, primals, _is_floating)
+        _, vjp = jax.vjp(function, *(primals[i] for i in floating))
+        found = dict(zip(floating, vjp(cotangent), strict=True))
+        return tuple(map(found.get, range(len(primals))))
+
+    def differentiable(
+        self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
+    ) -> dict[str, Array]:
+        """Call the operation as a compiled primitive.
+
+        The compilation is kept for equal shapes and keywords, but not where functions of the
+        caller take part: they may have changed by the next call, or hold arrays that should not
+        outlive it.
         """
-        own = spec.calls_back or spec.done is not None
-        compiled = _compiled.__wrapped__ if own else _compiled
-        results = compiled(algorithm, self)(spec, arrays)
-        if spec.done is not None:
-            jax.block_until_ready(results)
+        own = spec.calls_back or operation.done is not None
+        compiled = (_operations.__wrapped__ if own else _operations)(self)
+        found: dict[str, Array] = compiled(operation, spec, data, inputs)
+        if operation.done is not None:
+            jax.block_until_ready(found)
             jax.effects_barrier()
-        return tuple(results)
+        return found

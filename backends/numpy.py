@@ -46,10 +46,10 @@ class InPlace(generic.Adapter):
         """Overwrite `x` with its exponential."""
         return self.library.exp(x, out=x)
 
-    def hide(self, scores: Array, allowed: Array) -> Array:
-        """Overwrite `scores` with -inf where not `allowed`."""
-        self.library.copyto(scores, -self.library.inf, where=~allowed)
-        return scores
+    def hide(self, x: Array, allowed: Array, fill: float) -> Array:
+        """Overwrite `x` with `fill` where not `allowed`."""
+        self.library.copyto(x, fill, where=~allowed)
+        return x
 
     def maximum(self, a: Array, b: Array) -> Array:
         """Return the larger of `a` and `b`, NaN where either is NaN."""
@@ -104,6 +104,13 @@ class Adapter(InPlace):
         """Call the algorithm on base-class arrays, and let inf and NaN pass without warnings."""
         with np.errstate(all="ignore"):
             return tuple(algorithm(self, spec, _plain(arrays)))
+
+    def differentiable(
+        self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
+    ) -> dict[str, Array]:
+        """Call the operation as `run` calls an algorithm."""
+        with np.errstate(all="ignore"):
+            return super().differentiable(operation, spec, _plain(data), _plain(inputs))
 
 
 def _plain(x: Any) -> Any:

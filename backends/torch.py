@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import generic
-from .generic import Array
+from .generic import Array, of_floating
+from .torch_autograd import Call, Lifted, Operation, Watch
+
+
+def _is_watched(x: Array) -> bool:
+    """Whether derivatives with respect to `x` may be asked for."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return True
+    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
 
 class Adapter(generic.Adapter):
     """PyTorch on any of its devices."""
 
     name = "torch"
+    autodiff = True
 
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer, the barely supported unsigned ones included."""
@@ -58,22 +70,85 @@ class Adapter(generic.Adapter):
         """Overwrite `x` with its exponential."""
         return x.exp_()
 
-    def hide(self, scores: Array, allowed: Array) -> Array:
-        """Overwrite `scores` with -inf where not `allowed`."""
-        return scores.masked_fill_(~allowed, -torch.inf)
+    def hide(self, x: Array, allowed: Array, fill: float) -> Array:
+        """Overwrite `x` with `fill` where not `allowed`."""
+        return x.masked_fill_(~allowed, fill)
 
     def maximum(self, a: Array, b: Array) -> Array:
         """Return the larger of `a` and `b`, NaN where either is NaN."""
         return torch.maximum(a, b)
 
-    def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
-        """Call the algorithm; refuse where autograd would need what it overwrites."""
-        if torch.is_grad_enabled():
-            wanted = [k for k, x in arrays.items() if getattr(x, "requires_grad", False)]
-            if wanted and not spec.functional:
-                raise NotImplementedError(
-                    f"{', '.join(wanted)} require gradients, which implementation='chunked' does "
-                    "not give yet: call it under torch.no_grad(), or ask for "
-                    "implementation='standard', which autograd follows"
-                )
-        return tuple(algorithm(self, spec, arrays))
+    def promoted(self, tokens: dict[str, Array]) -> dict[str, Array]:
+        """Cast to the dtype of a surrounding `torch.autocast`, as PyTorch's own attention does."""
+        device = tokens["query"].device.type
+        if not torch.is_autocast_enabled(device):
+            return tokens
+        dtype = torch.get_autocast_dtype(device)
+        return {
+            name: x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+            for name, x in tokens.items()
+        }
+
+    def lift(
+        self,
+        function: Callable[..., Array],
+        example: Callable[[int, int], tuple[Array, ...]],
+        sizes: list[tuple[int, int]],
+    ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
+        """Find the captured tensors by a call that is watched."""
+        with torch.no_grad():
+            args = example(1, 1)
+            with Watch(args) as watch:
+                function(*args)
+        captured = tuple(watch.captured)
+        return Lifted(function, captured), captured
+
+    def pushforward(
+        self, function: Any, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+    ) -> Any:
+        """Differentiate by `torch.func`: reverse mode twice, since forward mode does not nest.
+
+        The gradients are linear in the cotangent, and the transpose of that map is the tangent.
+        """
+        function, floating = of_floating(function, primals, torch.is_floating_point)
+        xs = tuple(primals[i] for i in floating)
+        found = function(*xs)
+
+        def back(cotangent: Any) -> Any:
+            return torch.func.vjp(function, *xs)[1](cotangent)
+
+        zero = tuple(map(torch.zeros_like, found)) if isinstance(found, tuple) else found * 0
+        _, push = torch.func.vjp(back, zero)
+        return push(tuple(tangents[i] for i in floating))[0]
+
+    def pullback(
+        self, function: Any, primals: tuple[Array, ...], cotangent: Array
+    ) -> tuple[Array | None, ...]:
+        """Differentiate by `torch.func`."""
+        function, floating = of_floating(function, primals, torch.is_floating_point)
+        _, vjp = torch.func.vjp(function, *(primals[i] for i in floating))
+        found = dict(zip(floating, vjp(cotangent), strict=True))
+        return tuple(map(found.get, range(len(primals))))
+
+    def differentiable(
+        self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
+    ) -> dict[str, Array]:
+        """Call the operation as an `autograd.Function`, which PyTorch's compiler leaves as it is.
+
+        The compiler would unroll the loops over the tiles, and it refuses a Function with a `jvp`.
+        """
+        if torch.compiler.is_compiling():
+            found: dict[str, Array] = torch.compiler.disable(self._apply)(
+                operation, spec, data, inputs
+            )
+            return found
+        return self._apply(operation, spec, data, inputs)
+
+    def _apply(
+        self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
+    ) -> dict[str, Array]:
+        if any(map(_is_watched, inputs.values())):
+            operation = operation.with_residuals(spec)
+        call = Call(self, operation, spec, data, inputs)
+        found = Operation.apply(call, *call.tensors)
+        return dict(zip(operation.outputs, found, strict=True))

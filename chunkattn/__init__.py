@@ -6,8 +6,19 @@ every other library of the standard.
 
 from . import interop, masks
 from ._attention import attention
+from ._callables import ScoreMod
+from ._differentiate import attention_jvp, attention_vjp
 from ._merge import merge
 from ._online import OnlineAttention
 
 __version__ = "0.1.0"
-__all__ = ["OnlineAttention", "attention", "interop", "masks", "merge"]
+__all__ = [
+    "OnlineAttention",
+    "ScoreMod",
+    "attention",
+    "attention_jvp",
+    "attention_vjp",
+    "interop",
+    "masks",
+    "merge",
+]

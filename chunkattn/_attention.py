@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ._chunked import chunked
+from ._calculus import Forward
 from ._progress import Progress
 from ._request import Request, make_request
-from ._standard import standard
 
 Array = Any
 
@@ -47,9 +45,11 @@ def attention(
 
     1. ``s = scale * <q_i, k_j>``
     2. ``s = softcap * tanh(s / softcap)`` where `softcap` is given
-    3. ``s = s + bias`` where given
-    4. ``s = -inf`` where a mask forbids the pair
-    5. ``out_i = Σ_j softmax_j(s) v_j`` and ``lse_i = log Σ_j exp(s_ij)``
+    3. ``s = score_mod(s, b, h, q_idx, kv_idx)`` where given
+    4. ``s = s + bias`` where given
+    5. ``s = -inf`` where a mask forbids the pair
+    6. ``out_i = Σ_j softmax_j(s) v_j`` and ``lse_i = log Σ_j exp(s_ij)``; with `sinks`,
+       ``exp(sinks[h])`` is one more term of the sum over keys, without a value
 
     Parameters
     ----------
@@ -66,15 +66,31 @@ def attention(
     causal : bool, default False
         Whether a query sees only keys at its own position and before; the same as
         ``mask=masks.Causal()``.
-    mask : boolean array, Mask, or tuple of these, optional
+    mask : boolean array, callable, Mask, or tuple of these, optional
         Which pairs may attend: an array (True = may attend) that broadcasts to
-        ``(…, h, n_q, n_k)``, or a mask of `chunkattn.masks`, which lets whole tiles be skipped.
+        ``(…, h, n_q, n_k)``; a function ``mask_mod(b, h, q_idx, kv_idx)`` that returns booleans
+        (see `masks.Predicate`); or a mask of `chunkattn.masks`, which lets whole tiles be skipped.
         Where there are several, all must allow a pair.
     bias : array, optional
         Added to the scores; any floating dtype; broadcasts to ``(…, h, n_q, n_k)`` and is never
         expanded.
     softcap : float, optional
         Bound that the scores approach smoothly; positive.
+    score_mod : callable(score, b, h, q_idx, kv_idx), optional
+        Returns the scores to use, each from that one score and its place.  It is called once per
+        tile (on PyTorch and JAX also to find out which arrays it captures): `score` is the tile of
+        shape (…, h, queries, keys), the others are integer arrays that broadcast against it: the
+        row-major number of the batch entry, the query head, and the positions.  A `ScoreMod` where
+        derivatives are asked for on a library that cannot differentiate a function.
+    sinks : array of shape (h,), optional
+        For each query head the score of a key without a value, which takes its part of the weight;
+        any floating dtype.
+    dropout : float, default 0.0
+        Probability with which a weight is dropped, in [0, 1); those kept are divided by
+        ``1 - dropout``.  Which ones depends on `dropout_seed`, batch entry, head and positions
+        alone: they are the same whatever the chunks and the library.
+    dropout_seed : int or integer array without axes, optional
+        Needed where `dropout` is not 0.
     query_offset : int or integer array over the batch axes, optional
         Position of query 0 on the axis of key positions.  Default 0; to be given where a causal
         mask meets ``n_q != n_k``, since libraries disagree on the alignment: 0 is PyTorch's and
@@ -116,11 +132,12 @@ def attention(
         If shapes do not fit together, a number is out of its range, arrays are on two devices, or
         a causal mask meets ``n_q != n_k`` without `query_offset`.
     NotImplementedError
-        If `implementation` is "native" and no kernel covers the request, or PyTorch would need
-        gradients through the tiles.
+        If `implementation` is "native" and no kernel covers the request, or a derivative of third
+        order is asked for.
 
     See Also
     --------
+    attention_vjp, attention_jvp : Derivatives by name, on every library.
     merge : Merge the results over disjoint sets of keys.
     OnlineAttention : Keys that come in chunks.
 
@@ -131,6 +148,10 @@ def attention(
 
     A NaN or inf in a visible key or value reaches the queries that see it and no other: not even a
     NaN in `value` behind a mask, which a plain product would carry over as ``0 · NaN``.
+
+    PyTorch and JAX differentiate a call as any other function, in memory linear in `n_q` and `n_k`:
+    by all floating arrays, also those that `score_mod` captures, in reverse and forward mode and to
+    second order, and whatever `implementation` computed the result.
 
     JAX compiles a call once for its shapes and keywords; offsets and scale are data and may change
     freely or be traced.
@@ -179,22 +200,16 @@ def attention(
         compute_dtype=compute_dtype,
         implementation=implementation,
     )
+    found = run(request, progress, Forward())
+    return (found["out"], found["lse"]) if return_lse else found["out"]
+
+
+def run(request: Request, progress: Any, forward: Forward) -> dict[str, Array]:
+    """Return the results of a request by name, and report the progress meanwhile."""
     bar = Progress(progress, request.spec.tasks)
-    if bar.done is not None and request.xp.traced(request.arrays):
+    if bar.done is not None and request.xp.traced((request.data, request.inputs)):
         raise ValueError(
             "progress cannot be reported from a traced call (jit, vmap, grad), only an eager one"
         )
     with bar:
-        out, lse = run(request, bar.done)
-    return (out, lse) if return_lse else out
-
-
-def run(request: Request, done: Callable[[], None] | None = None) -> tuple[Array, ...]:
-    """Call the algorithm that a request asks for, through its library's adapter."""
-    xp, spec, arrays = request.xp, request.spec, request.arrays
-    if done is not None:
-        spec = replace(spec, done=done)
-    results: tuple[Array, ...] = xp.run(standard if spec.standard else chunked, spec, arrays)
-    if done is not None and spec.standard:
-        done()
-    return results
+        return request.apply(replace(forward, done=bar.done))

@@ -7,62 +7,51 @@ so that the memory beside inputs and outputs does not depend on the sequence len
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from math import prod
 from typing import Any
 
+from ._loops import over_keys, over_queries
 from ._partial import Summary, finish
+from ._problem import Problem
 from ._scores import gather, scores
 from ._spec import Spec
-from ._tiles import Problem, Rows, Tile
+from ._tiles import Rows, Tile
 
 Array = Any
-Index = Any  # an int, or a traced integer
 
 
-def chunked(xp: Any, spec: Spec, arrays: dict[str, Any]) -> tuple[Array, ...]:
-    """Return ``(out, lse)``, or the summary ``(acc, total, top)`` where the call is partial."""
-    problem = Problem(xp, spec, arrays)
-    outputs = problem.outputs()
-    for size, first, count in xp.query_pieces(spec.n_q, spec.schedule.query_chunk):
-        task = partial(_attend_queries, problem, size, first, count)
-        outputs = xp.each(task, outputs, spec.blocks * count, spec.done)
-    return problem.results(outputs)
-
-
-def _attend_queries(
-    problem: Problem, size: int, first: int, count: int, outputs: tuple[Array, ...], task: Index
+def chunked(
+    xp: Any,
+    spec: Spec,
+    arrays: dict[str, Any],
+    *,
+    exact: bool = False,
+    done: Callable[[], None] | None = None,
 ) -> tuple[Array, ...]:
-    """Write the results of one chunk of queries of one block into `outputs`."""
-    xp, spec = problem.xp, problem.spec
-    block, number = (0, task) if spec.blocks == 1 else divmod(task, count)
-    start = xp.smaller(first + number * size, spec.n_q - size)
-    rows = Rows(problem, spec.block(block), start, size)
-    summary = _attend_keys(rows)
-    results = summary if spec.partial else finish(xp, summary)
+    """Return ``(out, lse)``, and `out` in the compute dtype too where it is to be `exact`.
+
+    `done` is called after each chunk of queries.
+    """
+    problem = Problem(xp, spec, arrays)
+    outputs: tuple[Array, ...] = problem.outputs()
+    if exact:
+        outputs += (problem.new_out(spec.compute),)
+    return problem.results(*over_queries(problem, _attend_queries, outputs, done))
+
+
+def _attend_queries(rows: Rows, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Write the results of one chunk of queries into `outputs`."""
+    xp = rows.xp
+    step = partial(_attend_chunk, rows.workspace())
+    out, lse = finish(xp, over_keys(rows, step, rows.nothing()))
     return tuple(
         xp.write(x, xp.cast(y, x.dtype), rows.heads, rows.start)
-        for x, y in zip(outputs, results, strict=True)
+        for x, y in zip(outputs, (out, lse, out), strict=False)
     )
 
 
-def _attend_keys(rows: Rows) -> Summary:
-    """Fold over the chunks of keys that these queries see."""
-    xp, spec = rows.xp, rows.problem.spec
-    summary = rows.nothing()
-    workspace = xp.workspace(summary[0], prod(rows.lead) * spec.schedule.key_chunk, spec.compute)
-
-    def step(masked: bool, size: int, first: int, summary: Summary, number: Index) -> Summary:
-        tile = Tile(rows, first + number * size, size, masked)
-        return _attend_chunk(tile, summary, workspace)
-
-    for size, first, count in xp.pieces(spec.n_k, spec.schedule.key_chunk):
-        for start, stop, masked in rows.spans(size, first, count):
-            summary = xp.fold(partial(step, masked, size, first), summary, start, stop)
-    return summary
-
-
-def _attend_chunk(tile: Tile, summary: Summary, workspace: Array | None) -> Summary:
+def _attend_chunk(workspace: Array | None, tile: Tile, summary: Summary) -> Summary:
     """Return the summary with one more chunk of keys in it."""
     acc, total, top = summary
     xp = tile.xp
@@ -73,5 +62,5 @@ def _attend_chunk(tile: Tile, summary: Summary, workspace: Array | None) -> Summ
     total *= shrink
     total += xp.sum(weights, axis=-1, keepdims=True, dtype=weights.dtype)
     acc *= shrink
-    acc += gather(tile, weights)
+    acc += gather(tile, weights, tile.value)
     return acc, total, new

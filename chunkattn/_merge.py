@@ -9,8 +9,8 @@ from typing import Any
 from ._adapters import common_adapter, is_array
 from ._checks import choice
 from ._partial import combine, finish, unfinish
+from ._problem import to_caller, to_heads
 from ._request import LAYOUTS
-from ._tiles import to_caller, to_heads
 
 Array = Any
 
@@ -22,9 +22,6 @@ class Form:
     layout: str = "hnd"
     headless: bool = False
     dtype: Any = None
-    functional: bool = True
-    calls_back: bool = False
-    done: None = None
 
 
 def merge(*partials: tuple[Array, Array], layout: str = "hnd") -> tuple[Array, Array]:

@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 from ._adapters import common_adapter
-from ._attention import run
+from ._calculus import Forward
 from ._checks import index
 from ._merge import Form, finished
-from ._partial import combine, of_sinks
+from ._partial import combine, of_sinks, unfinish
+from ._problem import to_heads
 from ._request import make_request
 from ._shapes import broadcast
 from ._spec import Spec
@@ -102,7 +103,7 @@ key_chunk_size, compute_dtype
             key_chunk_size=key_chunk_size,
             compute_dtype=compute_dtype,
             implementation="chunked",
-            partial=True,
+            streamed=True,
         )
 
     def update(self, key: Array, value: Array) -> OnlineAttention:
@@ -122,7 +123,9 @@ key_chunk_size, compute_dtype
         """
         request = self._request(self._query, key, value, key_offset=self._next_key)
         spec = self._joined("key and value", request.spec)
-        summary = run(request)
+        found = request.apply(Forward())
+        arrays = {"results": (found["out"], found["lse"])}
+        summary = request.xp.run(_summary, Form(spec.layout, spec.headless), arrays)
         if self._summary is not None:
             summary = request.xp.run(_combine, Form(), {"summaries": (self._summary, summary)})
         self._summary, self._spec = summary, spec
@@ -204,10 +207,14 @@ key_chunk_size, compute_dtype
         """
         if self._summary is None or self._spec is None:
             raise ValueError("no keys yet: the shape of the result is known after an update")
-        form = Form(self._spec.layout, self._spec.headless, self._spec.dtype)
+        form = Form(self._spec.layout, self._spec.headless, self._query.dtype)
         arrays = {"summary": self._summary, "sinks": self._sinks}
         out, lse = self._xp.run(_finish, form, arrays)
         return (out, lse) if return_lse else out
+
+
+def _summary(xp: Any, form: Form, arrays: dict[str, Any]) -> tuple[Array, ...]:
+    return unfinish(xp, *to_heads(xp, form, *arrays["results"]))
 
 
 def _combine(xp: Any, form: Form, arrays: dict[str, Any]) -> tuple[Array, ...]:

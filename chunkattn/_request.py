@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ._adapters import common_adapter, is_array
+from ._callables import Examples
 from ._checks import (
     check_positions,
     choice,
@@ -18,7 +19,7 @@ from ._checks import (
     seed_of,
     softcap_of,
 )
-from ._shapes import Shapes, check_floats, shapes_of
+from ._shapes import Shapes, check_floats, is_float, shapes_of
 from ._spec import Spec, schedule
 from .masks import Causal, Dense, Mask, Predicate
 
@@ -30,11 +31,22 @@ LAYOUTS = ("hnd", "nhd")
 
 @dataclass(frozen=True)
 class Request:
-    """A checked call: the adapter, what is asked for, and the arrays by argument name."""
+    """A checked call: the adapter, what is asked for, and the arrays by argument name.
+
+    `inputs` are the floating arrays that the result may be differentiated by.
+    """
 
     xp: Any
     spec: Spec
-    arrays: dict[str, Any]
+    data: dict[str, Any]
+    inputs: dict[str, Array]
+
+    def apply(self, operation: Any, data: Any = None, inputs: Any = None) -> dict[str, Array]:
+        """Return what an operation of `_calculus` gives for the call, with further arrays."""
+        found: dict[str, Array] = self.xp.differentiable(
+            operation, self.spec, self.data | (data or {}), self.inputs | (inputs or {})
+        )
+        return found
 
 
 def make_request(
@@ -58,13 +70,16 @@ def make_request(
     key_chunk_size: int | None,
     compute_dtype: Any,
     implementation: str,
-    partial: bool = False,
+    streamed: bool = False,
 ) -> Request:
-    """Check every argument of `attention` and put the call into its canonical form."""
+    """Check every argument of `attention` and put the call into its canonical form.
+
+    A call for a stream has no sinks, which count once at its end, and keeps the compute dtype.
+    """
     choice("layout", layout, LAYOUTS)
     choice("implementation", implementation, IMPLEMENTATIONS)
     masks = _masks(causal, mask)
-    if partial and not all(m.positional for m in masks):
+    if streamed and not all(m.positional for m in masks):
         raise ValueError(
             "mask must speak of positions in a stream, whose length is not known: "
             "an array of pairs cannot be given"
@@ -72,8 +87,9 @@ def make_request(
     tokens = {"query": query, "key": key, "value": value}
     extra = [("bias", bias), ("sinks", sinks), ("scale", scale), ("dropout_seed", dropout_seed)]
     extra += [("query_offset", query_offset), ("key_offset", key_offset)]
-    extra += [("mask", x) for m in masks for x in _held(m).values()]
+    extra += [("mask", x) for m in masks for x in _held(m).values() if is_array(x)]
     xp = common_adapter([*tokens.items(), *((name, x) for name, x in extra if is_array(x))])
+    tokens = xp.promoted(tokens)
     shapes = shapes_of(tokens, layout)
     dtype = common_dtype(xp, tokens)
     compute = compute_dtype_of(xp, dtype, compute_dtype)
@@ -83,43 +99,58 @@ def make_request(
     check_floats(xp, "sinks", sinks, (shapes.heads,), exact=True)
     for one in masks:
         one.check(xp, shapes)
-    offset = _query_offset(xp, query_offset, shapes, masks, streamed=partial)
+    offset = _query_offset(xp, query_offset, shapes, masks, streamed=streamed)
     key_offset = index("key_offset", key_offset, xp)
     for name, first, n in (
         ("query_offset", offset, shapes.n_q),
         ("key_offset", key_offset, shapes.n_k),
     ):
         check_positions(xp, name, first, n)
+    data = {"query_offset": offset, "key_offset": key_offset}
+    inputs = {**tokens}
+    size = schedule(
+        xp,
+        shapes,
+        positive("query_chunk_size", query_chunk_size),
+        positive("key_chunk_size", key_chunk_size),
+        masks,
+        score_mod,
+    )
+    lifted = None
+    if 0 not in (*shapes.lead, shapes.n_q, shapes.n_k):  # otherwise no function is called
+        examples = Examples(xp, shapes, query, data)
+        whole = [(shapes.n_q, shapes.n_k)]
+        tiles = whole if _standard(implementation) else size.tiles(xp, shapes)
+        masks = tuple(
+            examples.lift_mask(m, tiles) if isinstance(m, Predicate) else m for m in masks
+        )
+        if score_mod is not None:
+            lifted, captured = examples.lift_score_mod(score_mod, tiles, compute)
+            for i, x in enumerate(captured):
+                (inputs if is_float(xp, x) else data)[f"captured{i}"] = x
     spec = Spec(
         **vars(shapes),
         layout=layout,
-        dtype=dtype,
+        dtype=compute if streamed else dtype,
         compute=compute,
         softcap=softcap_of(xp, softcap, compute),
-        score_mod=score_mod,
+        score_mod=lifted,
         dropout=dropout_rate(dropout, dropout_seed),
         masks=tuple(replace(m, **dict.fromkeys(_held(m))) for m in masks),
-        schedule=schedule(
-            xp,
-            shapes,
-            positive("query_chunk_size", query_chunk_size),
-            positive("key_chunk_size", key_chunk_size),
-            masks,
-            score_mod,
-        ),
+        schedule=size,
         standard=_standard(implementation),
-        partial=partial,
     )
-    arrays = {
-        **tokens,
-        "scale": scale_of(xp, scale, query.shape[-1], compute),
+    data |= {
         "masks": tuple(_held(m) for m in masks),
-        "query_offset": offset,
-        "key_offset": key_offset,
         "dropout_seed": seed_of(xp, dropout_seed),
     }
-    arrays |= {name: x for name, x in (("bias", bias), ("sinks", sinks)) if x is not None}
-    return Request(xp, spec, arrays)
+    scale = scale_of(xp, scale, query.shape[-1], compute)
+    (inputs if is_array(scale) else data)["scale"] = scale
+    if bias is not None:
+        inputs["bias"] = bias
+    if sinks is not None and not streamed:
+        inputs["sinks"] = sinks
+    return Request(xp, spec, data, inputs)
 
 
 def _masks(causal: bool, mask: Any) -> tuple[Mask, ...]:
@@ -147,9 +178,13 @@ def _masks(causal: bool, mask: Any) -> tuple[Mask, ...]:
 
 
 def _held(mask: Mask) -> dict[str, Array]:
-    """Return the arrays that a mask holds, by field name."""
+    """Return the arrays that a mask holds, and the tuples of arrays, by field name."""
     values = ((field.name, getattr(mask, field.name)) for field in fields(mask))
-    return {name: x for name, x in values if is_array(x)}
+    return {
+        name: x
+        for name, x in values
+        if is_array(x) or (isinstance(x, tuple) and any(map(is_array, x)))
+    }
 
 
 def _query_offset(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ._dropout import kept
+from ._callables import Modified
 from ._tiles import Tile
 
 Array = Any
@@ -14,43 +13,48 @@ Array = Any
 
 def scores(tile: Tile, workspace: Array | None = None) -> Array:
     """Return the tile's scores (…, h, rows, keys), by the steps of the contract in their order."""
-    rows, problem, xp = tile.rows, tile.rows.problem, tile.xp
+    s = products(tile, workspace)
+    if tile.rows.problem.spec.score_mod is not None:
+        s = Modified(tile)(s, *tile.rows.problem.captured.values())
+    return shown(tile, s)
+
+
+def products(tile: Tile, workspace: Array | None = None) -> Array:
+    """Return the scaled products of queries and keys, capped where a softcap is asked for."""
+    rows, xp, softcap = tile.rows, tile.xp, tile.rows.problem.spec.softcap
     s = rows.ungrouped(xp.matmul(rows.query, xp.matrix_transpose(tile.key), workspace))
-    if problem.spec.softcap is not None:
-        s = xp.tanh(s / problem.spec.softcap) * problem.spec.softcap
-    if problem.spec.score_mod is not None:
-        s = _modified(tile, problem.spec.score_mod, s)
+    return s if softcap is None else xp.tanh(s / softcap) * softcap
+
+
+def shown(tile: Tile, s: Array) -> Array:
+    """Return the scores with the bias added, and -inf where a mask forbids the pair."""
+    problem, xp = tile.rows.problem, tile.xp
     if problem.bias is not None:
         s += xp.cast(tile.slice(problem.bias), s.dtype)
     if tile.masked:
         for mask in problem.masks:
             allowed = mask.tile(tile)
             if allowed is not None:
-                s = xp.hide(s, allowed)
+                s = xp.hide(s, allowed, -float("inf"))
     return s
 
 
-def _modified(tile: Tile, score_mod: Callable[..., Any], s: Array) -> Array:
-    """Return the scores after the caller's function, in the compute dtype again."""
-    modified = score_mod(s, tile.b, tile.h, tile.q_idx, tile.kv_idx)
-    if not hasattr(modified, "dtype") or tuple(modified.shape) != tuple(s.shape):
-        got = getattr(modified, "shape", type(modified).__name__)
-        raise ValueError(f"score_mod must return an array of shape {tuple(s.shape)}; got {got}")
-    # A copy, since what follows is done in place, and the function may have returned an array of
-    # its own.
-    return s if modified is s else tile.xp.astype(modified, s.dtype)
+def dropped(tile: Tile, x: Array) -> Array:
+    """Return what the dropout leaves of weights, or of their gradient: a part, scaled up."""
+    rate = tile.rows.problem.spec.dropout
+    if not rate:
+        return x
+    return tile.xp.where(tile.kept, x / (1 - rate), tile.xp.zeros_like(x))
 
 
-def gather(tile: Tile, weights: Array) -> Array:
+def gather(tile: Tile, weights: Array, value: Array) -> Array:
     """Return ``weights @ value`` of the tile, (…, h, rows, d_v), pair by pair.
 
     A NaN or inf in `value` reaches the queries that see it and no other, although ``0 · NaN`` is
     NaN in a product.
     """
-    rows, xp, value, spec = tile.rows, tile.xp, tile.value, tile.rows.problem.spec
-    if spec.dropout:
-        weights = xp.where(kept(tile, spec.dropout), weights, xp.zeros_like(weights))
-        weights /= 1 - spec.dropout
+    rows, xp = tile.rows, tile.xp
+    weights = dropped(tile, weights)
 
     def product(weights: Array, value: Array) -> Array:
         return rows.ungrouped(xp.matmul(rows.grouped(weights), value))
@@ -61,15 +65,15 @@ def gather(tile: Tile, weights: Array) -> Array:
     def careful() -> Array:
         seen = xp.cast(scores(replace(tile)) != -float("inf"), weights.dtype)
         out = product(weights, xp.where(xp.isfinite(value), value, xp.zeros_like(value)))
-        inf = float("inf")
+        inf, width = float("inf"), value.shape[-1]
         kinds = [(xp.isnan(value), float("nan")), (value == inf, inf), (value == -inf, -inf)]
         found = xp.concat([xp.cast(kind, value.dtype) for kind, _ in kinds], axis=-1)
         hits = product(seen, found) > 0  # (…, h, rows, 3 · d_v)
         for i, (_, extreme) in enumerate(kinds):
-            hit = xp.read(hits, -1, i * spec.d_v, spec.d_v)
+            hit = xp.read(hits, -1, i * width, width)
             out += xp.where(hit, xp.new(out, (), extreme, out.dtype), xp.zeros_like(out))
         return out
 
-    if not tile.masked and rows.problem.bias is None and spec.score_mod is None:
+    if not tile.hides:
         return plain()
     return xp.when(~xp.isfinite(xp.sum(value, dtype=value.dtype)), careful, plain)

@@ -106,6 +106,11 @@ def broadcast(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
     return None if any(len(s) > 1 for s in sizes) else tuple(min(s, default=1) for s in sizes)
 
 
+def is_float(xp: Any, x: Array) -> bool:
+    """Whether `x` has one of the floating dtypes that attention takes."""
+    return any(x.dtype == dtype for dtype in xp.floats.values())
+
+
 def check_floats(
     xp: Any, name: str, x: Array | None, shape: tuple[int, ...], exact: bool = False
 ) -> None:
@@ -114,7 +119,7 @@ def check_floats(
         return
     if not is_array(x):
         raise TypeError(f"{name} must be an array; got {x!r}")
-    if not any(x.dtype == dtype for dtype in xp.floats.values()):
+    if not is_float(xp, x):
         raise TypeError(f"{name} must be one of {', '.join(xp.floats)}; got {x.dtype}")
     if exact and tuple(x.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}; got {tuple(x.shape)}")

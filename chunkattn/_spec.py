@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any
 
+from ._callables import Lifted
 from ._shapes import Shapes
 from .masks import Mask, Predicate
 
@@ -22,6 +24,12 @@ class Schedule:
     key_chunk: int
     block: tuple[int, ...]
 
+    def tiles(self, xp: Any, shapes: Shapes) -> list[tuple[int, int]]:
+        """Return the sizes (rows, cols) of the tiles of a call, each once."""
+        rows = [size for size, _, _ in xp.query_pieces(shapes.n_q, self.query_chunk)]
+        cols = [size for size, _, _ in xp.pieces(shapes.n_k, self.key_chunk)]
+        return list(product(dict.fromkeys(rows), dict.fromkeys(cols)))
+
 
 @dataclass(frozen=True)
 class Spec(Shapes):
@@ -31,23 +39,16 @@ class Spec(Shapes):
     dtype: Any
     compute: Any
     softcap: float | None
-    score_mod: Callable[..., Any] | None
+    score_mod: Lifted | None
     dropout: float
     masks: tuple[Mask, ...]  # without their arrays
     schedule: Schedule
     standard: bool = False
-    partial: bool = False  # return the summary instead of its `finish`, for a stream
-    done: Callable[[], None] | None = None  # called after each task
 
     @property
     def calls_back(self) -> bool:
         """Whether functions of the caller run inside, which may hold anything."""
         return self.score_mod is not None or any(isinstance(m, Predicate) for m in self.masks)
-
-    @property
-    def functional(self) -> bool:
-        """Whether nothing is overwritten, so that an autograd that watches the calls can follow."""
-        return self.standard
 
     @property
     def blocks(self) -> int:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ._chunked import chunked
 from ._partial import log_sum, nonzero
+from ._problem import Problem
 from ._scores import gather, scores
 from ._spec import Spec
-from ._tiles import Problem, Rows, Tile
+from ._tiles import Rows, Tile
 
 Array = Any
 
 
-def standard(xp: Any, spec: Spec, arrays: dict[str, Any]) -> tuple[Array, ...]:
-    """Return ``(out, lse)`` by way of all ``n_q × n_k`` scores at once."""
+def standard(
+    xp: Any,
+    spec: Spec,
+    arrays: dict[str, Any],
+    *,
+    exact: bool = False,
+    done: Callable[[], None] | None = None,
+) -> tuple[Array, ...]:
+    """Return what `chunked` does by way of all ``n_q × n_k`` scores at once."""
     if 0 in (*spec.lead, spec.n_q, spec.n_k):
-        return chunked(xp, spec, arrays)
+        return chunked(xp, spec, arrays, exact=exact, done=done)
     problem = Problem(xp, spec, arrays)
     rows = Rows(problem, (slice(None),) * len(spec.lead), 0, spec.n_q)
     tile = Tile(rows, 0, spec.n_k, masked=bool(problem.masks))
@@ -26,5 +35,8 @@ def standard(xp: Any, spec: Spec, arrays: dict[str, Any]) -> tuple[Array, ...]:
     weights = xp.exp(s - top)
     total = total * xp.exp(before - top)
     total += xp.sum(weights, axis=-1, keepdims=True, dtype=weights.dtype)
-    out = gather(tile, weights / nonzero(xp, total))
-    return problem.results((xp.cast(out, spec.dtype), log_sum(xp, total, top)))
+    out = gather(tile, weights / nonzero(xp, total), tile.value)
+    if done is not None:
+        done()
+    wide = (out,) if exact else ()
+    return problem.results(xp.cast(out, spec.dtype), log_sum(xp, total, top), *wide)

@@ -1,92 +1,19 @@
-"""Views of a call's arrays: the whole problem, a range of its queries, a tile of its scores.
-
-Inside, every array has the axes ``(*batch, heads, n, d)``; an axis of length 1 broadcasts.
-"""
+"""Parts of a call: a chunk of its queries, a tile of its scores."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import prod
 from typing import Any
 
+from ._dropout import kept
 from ._mask import Range
 from ._partial import Summary, empty, of_sinks
-from ._spec import Spec
+from ._problem import Problem
 
 Array = Any
 Index = Any  # an int, or a traced integer
-
-
-def swap_layout(xp: Any, x: Array) -> Array:
-    """Exchange the axes of heads and positions: "hnd" from "nhd", or back."""
-    axes = list(range(x.ndim))
-    axes[-3], axes[-2] = axes[-2], axes[-3]
-    return xp.permute_dims(x, tuple(axes))
-
-
-def to_heads(xp: Any, form: Any, out: Array, lse: Array) -> tuple[Array, Array]:
-    """Return ``(out, lse)`` of a caller as (…, h, n, d_v) and (…, h, n, 1)."""
-    if form.headless:
-        return out[None, ...], lse[None, ..., None]
-    return (swap_layout(xp, out) if form.layout == "nhd" else out), lse[..., None]
-
-
-def to_caller(xp: Any, form: Any, out: Array, lse: Array) -> tuple[Array, Array]:
-    """Undo `to_heads`, for a `form` with the attributes ``headless`` and ``layout``."""
-    if form.headless:
-        return out[0, ...], lse[0, ..., 0]
-    return (swap_layout(xp, out) if form.layout == "nhd" else out), lse[..., 0]
-
-
-class Problem:
-    """A call's arrays as views of shape ``(*batch, heads, n, d)``, and its masks whole again."""
-
-    def __init__(self, xp: Any, spec: Spec, arrays: dict[str, Any]) -> None:
-        self.xp, self.spec = xp, spec
-        self.ndim = len(spec.batch) + 3
-        self.query, self.key, self.value = (
-            self._tokens(arrays[name]) for name in ("query", "key", "value")
-        )
-        scale = arrays["scale"]
-        self.scale = xp.cast(scale, spec.compute) if hasattr(scale, "shape") else scale
-        self.bias, self.sinks = arrays.get("bias"), arrays.get("sinks")
-        self.masks = tuple(
-            replace(mask, **held) for mask, held in zip(spec.masks, arrays["masks"], strict=True)
-        )
-        offset, start = arrays["query_offset"], arrays["key_offset"]
-        self.query_offset = xp.cast(offset, xp.index_dtype) if hasattr(offset, "shape") else offset
-        self.key_offset = xp.as_index(start) if hasattr(start, "shape") else start
-        self.dropout_seed = arrays["dropout_seed"]
-
-    def aligned(self, x: Array) -> Array:
-        """Return `x` with leading axes of length 1, up to the axes of the scores."""
-        return x[(None,) * (self.ndim - x.ndim) + (...,)]
-
-    def _tokens(self, x: Array) -> Array:
-        if self.spec.headless:
-            x = x[None, ...]
-        elif self.spec.layout == "nhd":
-            x = swap_layout(self.xp, x)
-        return self.aligned(x)
-
-    def outputs(self) -> tuple[Array, ...]:
-        """Return new arrays for ``(out, lse)``, or for the summary of a partial call."""
-        xp, spec, query = self.xp, self.spec, self.query
-        lead = (*spec.batch, spec.heads, spec.n_q)
-        if spec.partial:
-            return empty(xp, query, lead, spec.d_v, spec.compute)
-        lse = xp.new(query, (*lead, 1), -float("inf"), spec.compute)
-        if spec.layout == "hnd":
-            return xp.new(query, (*lead, spec.d_v), 0.0, spec.dtype), lse
-        shape = (*spec.batch, spec.n_q, spec.heads, spec.d_v)
-        return swap_layout(xp, xp.new(query, shape, 0.0, spec.dtype)), lse
-
-    def results(self, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Return ``(out, lse)`` with the caller's axes; a summary stays as it is."""
-        if self.spec.partial:
-            return outputs
-        return to_caller(self.xp, self.spec, *outputs)
 
 
 class Rows:
@@ -104,10 +31,20 @@ class Rows:
         The position of query 0: an int, or integers that broadcast against the tile.
     key_offset, n_k : int
         The position of key 0, and the number of keys.
+    repeated : int
+        How many of the queries an earlier chunk has had already.
     """
 
-    def __init__(self, problem: Problem, block: tuple[slice, ...], start: Index, size: int) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        block: tuple[slice, ...],
+        start: Index,
+        size: int,
+        repeated: Index = 0,
+    ) -> None:
         self.problem, self.block, self.start, self.size = problem, block, start, size
+        self.repeated = repeated
         self.xp, spec = problem.xp, problem.spec
         *batch, keys = block
         if spec.group > 1 and keys.start is not None:
@@ -118,11 +55,37 @@ class Rows:
         self.offset, self.key_offset, self.n_k = problem.query_offset, problem.key_offset, spec.n_k
         if hasattr(self.offset, "shape"):
             self.offset = self.of_batch(self.offset)[..., None, None, None]
-        query = self.xp.read(self.of_block(problem.query, self.heads), -2, start, size)
-        query = self.xp.cast(query, spec.compute) * problem.scale
+        self.query = self.grouped(self.unscaled * problem.scale)
+
+    @property
+    def unscaled(self) -> Array:
+        """The queries in the compute dtype: (…, h, size, d)."""
+        query = self.read(self.problem.query)
         if tuple(query.shape[:-1]) != self.lead:  # so that scores have every batch axis
             query = self.xp.broadcast_to(query, (*self.lead, query.shape[-1]))
-        self.query = self.grouped(query)
+        return query
+
+    def of(self, problem: Problem) -> Rows:
+        """Return the same queries of another problem of the same shapes."""
+        return Rows(problem, self.block, self.start, self.size, self.repeated)
+
+    def read(self, x: Array) -> Array:
+        """Return these queries' part of an array (…, h, n_q, width), in the compute dtype."""
+        x = self.xp.read(self.of_block(x, self.heads), -2, self.start, self.size)
+        return self.xp.cast(x, self.problem.spec.compute)
+
+    def once(self, x: Array) -> Array:
+        """Return `x` (…, size, width) with 0 for the queries that an earlier chunk has had."""
+        if isinstance(self.repeated, int) and self.repeated == 0:
+            return x
+        new = self.xp.index(x, self.size)[:, None] >= self.repeated
+        return self.xp.where(new, x, self.xp.zeros_like(x))
+
+    def workspace(self) -> Array | None:
+        """Return memory for the products of one tile, or None where the library wants none."""
+        spec = self.problem.spec
+        size = prod(self.lead) * spec.schedule.key_chunk
+        return self.xp.workspace(self.query, size, spec.compute)
 
     def of_batch(self, x: Array, own: int = 0) -> Array:
         """Return this block's part of an array over the batch axes and `own` further axes."""
@@ -134,15 +97,19 @@ class Rows:
         """Return this block's part of `x`; axes of length 1 broadcast and stay."""
         if all(cut == slice(None) for cut in block):
             return x
+        return x[(*self.cuts(x, block), ...)]
+
+    @staticmethod
+    def cuts(x: Array, block: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Return the slices of `block` on the leading axes of `x`; those of length 1 stay."""
         shape = x.shape[: len(block)]
-        cuts = (slice(None) if n == 1 else cut for n, cut in zip(shape, block, strict=True))
-        return x[(*cuts, ...)]
+        return tuple(slice(None) if n == 1 else cut for n, cut in zip(shape, block, strict=True))
 
     def nothing(self) -> Summary:
         """Return the summary before any key: empty, or with the sinks in it."""
         xp, spec, sinks = self.xp, self.problem.spec, self.problem.sinks
         acc, total, top = empty(xp, self.query, self.lead, spec.d_v, spec.compute)
-        if sinks is None or spec.partial:  # a stream counts them once, at its end
+        if sinks is None:
             return acc, total, top
         sink_total, sink_top = of_sinks(xp, sinks[self.heads[-1]], spec.compute)
         return acc, total + sink_total, xp.maximum(top, sink_top)
@@ -272,6 +239,21 @@ class Tile:
         if x.shape[-1] != 1:
             x = self.xp.read(x, -1, self.start, self.size)
         return x
+
+    @property
+    def hides(self) -> bool:
+        """Whether a query may not see some key of this tile."""
+        problem = self.rows.problem
+        return self.masked or problem.bias is not None or problem.spec.score_mod is not None
+
+    @cached_property
+    def kept(self) -> Array:
+        """Which weights the dropout keeps: booleans (…, h, rows, keys)."""
+        return kept(self, self.rows.problem.spec.dropout)
+
+    def of(self, rows: Rows) -> Tile:
+        """Return the same pairs for other rows."""
+        return Tile(rows, self.start, self.size, self.masked)
 
     def _of_keys(self, x: Array) -> Array:
         rows = self.rows

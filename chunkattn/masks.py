@@ -232,8 +232,12 @@ class Predicate(Mask):
 
     def tile(self, tile: Tile) -> Array:
         """Call the function."""
-        allowed = self.mask_mod(tile.b, tile.h, tile.q_idx, tile.kv_idx)
+        allowed = self.of(tile.b, tile.h, tile.q_idx, tile.kv_idx)
         if not hasattr(allowed, "dtype") or not tile.xp.is_bool(allowed.dtype):
             got = getattr(allowed, "dtype", type(allowed).__name__)
             raise TypeError(f"mask: mask_mod must return a boolean array; got {got}")
         return allowed
+
+    def of(self, *place: Array) -> Array:
+        """Return what the function says of a batch entry, a head and two positions."""
+        return self.mask_mod(*place)

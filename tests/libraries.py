@@ -27,6 +27,7 @@ class Library:
     dtypes = ("float16", "float32", "float64")
     default = "float32"
     eager = True
+    differentiates = False  # functions of the caller
 
     def __init__(self, name):
         self.name = name
@@ -166,6 +167,7 @@ class Table:
 
 class Torch(Library):
     dtypes = ("float16", "bfloat16", "float32", "float64")
+    differentiates = True
     device = "cpu"
 
     def load(self):
@@ -197,6 +199,7 @@ class TorchCuda(Torch):
 
 class Jax(Library):
     dtypes = ("float16", "bfloat16", "float32", "float64")
+    differentiates = True
     platform = "cpu"
 
     def load(self):

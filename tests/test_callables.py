@@ -158,7 +158,9 @@ def test_arguments(lib, rng):
     expected = attention(q, k, k, bias=bias)
     bound = 1e-5 if lib.name != "numpy-bfloat16" else 0.05
     np.testing.assert_allclose(lib.numpy(out), lib.numpy(expected), rtol=0, atol=bound)
-    assert {shape[-2:] for shape in seen} <= {(6, 4), (6, 3), (4, 4), (4, 3)}
+    # The pair is what PyTorch and JAX look at to find the arrays that a function captures.
+    sizes = {(6, 4), (6, 3), (4, 4), (4, 3)} | ({(1, 1)} if lib.differentiates else set())
+    assert {tuple(shape[-2:]) for shape in seen} <= sizes
 
 
 @pytest.mark.feature("mask_mod and score_mod callables")
@@ -202,7 +204,8 @@ def test_callables_are_called_once_per_tile(lib, rng):
 
     attention(q, q, q, mask=mask_mod, query_chunk_size=10, key_chunk_size=20)
     traced = lib.name.startswith("jax")
-    assert len(calls) <= 2 if traced else len(calls) == 8
+    first = 1 if lib.differentiates else 0  # to find what the function captures
+    assert len(calls) <= 2 + first if traced else len(calls) == 8 + first
 
 
 def test_an_exception_of_a_callable_arrives_as_it_is(lib, rng):

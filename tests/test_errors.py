@@ -16,7 +16,8 @@ import pytest
 import threadpoolctl
 
 import chunkattn
-from chunkattn import OnlineAttention, attention, merge
+from chunkattn import OnlineAttention, ScoreMod, attention, attention_jvp, attention_vjp, merge
+from chunkattn._adapters import adapter_of
 from chunkattn.masks import Causal, Dense
 
 Q, K, V = (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6)
@@ -665,6 +666,146 @@ assert attention(free, there, free).devices() == there.devices()
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# Derivatives
+
+BARS = [
+    ("d_out shape", {"d_out": ((2, 4, 5, 8),)}, ValueError, "d_out | (2, 4, 5, 6) | (2, 4, 5, 8)"),
+    (
+        "d_out that would broadcast",
+        {"d_out": ((1, 4, 5, 6),)},
+        ValueError,
+        "d_out | (2, 4, 5, 6) | (1, 4, 5, 6)",
+    ),
+    ("d_out of ints", {"d_out": ((2, 4, 5, 6), int)}, TypeError, "d_out | float32 | int64"),
+    ("d_out list", {"d_out": [0.5]}, TypeError, "d_out | array | [0.5]"),
+    ("d_lse shape", {"d_lse": ((2, 4, 5, 1),)}, ValueError, "d_lse | (2, 4, 5) | (2, 4, 5, 1)"),
+    ("d_lse of bools", {"d_lse": ((2, 4, 5), bool)}, TypeError, "d_lse | float32 | bool"),
+    ("d_lse number", {"d_lse": 1.0}, TypeError, "d_lse | array | 1.0"),
+    ("softcap", {"softcap": -1}, ValueError, "softcap | positive | -1"),
+]
+
+
+def gradients(query, key, value, *, d_out=None, d_lse=None, **keywords):
+    return attention_vjp(query, key, value, **keywords)[1](d_out, d_lse)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "told"), [pytest.param(*case, id=name) for name, *case in BARS]
+)
+def test_vjp_arguments(lib, arguments, error, told):
+    given = {name: array(lib, *x) if is_recipe(x) else x for name, x in arguments.items()}
+    refused(error, told, lib.call, gradients, **tokens(lib), **given)
+
+
+MOVES = [
+    ("d_query shape", {"d_query": (K,)}, ValueError, f"d_query | {Q} | {K}"),
+    ("d_key of another dtype", {"d_key": (K, "float64")}, TypeError, "d_key | float64"),
+    ("d_value of ints", {"d_value": (V, int)}, TypeError, "d_value | int64"),
+    ("d_value number", {"d_value": 0.0}, TypeError, "d_value | array | 0.0"),
+    (
+        "d_bias shape",
+        {"bias": ((5, 7),), "d_bias": ((7,),)},
+        ValueError,
+        "d_bias | (5, 7) | (7,)",
+    ),
+    ("d_bias without bias", {"d_bias": ((5, 7),)}, ValueError, "d_bias | without bias"),
+    ("d_sinks without sinks", {"d_sinks": ((4,),)}, ValueError, "d_sinks | without sinks"),
+    ("softcap", {"softcap": -1}, ValueError, "softcap | positive | -1"),
+]
+
+
+def moved(query, key, value, *, d_query=None, d_key=None, d_value=None, **keywords):
+    return attention_jvp((query, key, value), (d_query, d_key, d_value), **keywords)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "told"), [pytest.param(*case, id=name) for name, *case in MOVES]
+)
+def test_jvp_arguments(lib, arguments, error, told):
+    given = {name: array(lib, *x) if is_recipe(x) else x for name, x in arguments.items()}
+    refused(error, told, lib.call, moved, **tokens(lib), **given)
+
+
+def test_jvp_of_other_than_three(lib):
+    three = tuple(tokens(lib).values())
+    for wrong in (three[:2], (*three, None), three[0], None):
+        refused(TypeError, "primals | three", attention_jvp, wrong, three)
+        refused(TypeError, "tangents | three", attention_jvp, three, wrong)
+
+
+def test_derivatives_take_the_keywords_of_attention(lib):
+    three = tuple(tokens(lib).values())
+    for name in ("colour", "d_bias"):
+        with pytest.raises(TypeError, match=name):
+            attention_vjp(*three, **{name: None})
+    with pytest.raises(TypeError, match="colour"):
+        attention_jvp(three, three, colour=None)
+
+
+def cube(s, b, h, q_idx, kv_idx):
+    return s * s * s
+
+
+def differentiates(lib):
+    return adapter_of(array(lib, Q), "query").autodiff
+
+
+def test_score_mod_without_derivative(lib):
+    if differentiates(lib):
+        pytest.skip("this library differentiates functions itself")
+    told = "score_mod | ScoreMod | derivative"
+    refused(TypeError, told, attention_vjp, **tokens(lib), score_mod=cube)
+    three = tuple(tokens(lib).values())
+    refused(TypeError, told, attention_jvp, three, three, score_mod=cube)
+
+
+@pytest.mark.parametrize("wrong", [None, 0.5])
+def test_score_mod_of_what_is_no_function(wrong):
+    refused(TypeError, f"ScoreMod | function | {wrong}", ScoreMod, wrong, cube)
+    refused(TypeError, f"ScoreMod | derivative | {wrong}", ScoreMod, cube, wrong)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [lambda s: s[None, ...], lambda s: s[..., :2], lambda s: None],
+    ids=["an axis too many", "another length", "None"],
+)
+def test_derivative_of_another_shape(lib, result):
+    if differentiates(lib):
+        pytest.skip("this library differentiates functions itself")
+    mod = ScoreMod(cube, lambda s, *place: result(s))
+    refused(ValueError, "ScoreMod | shape", gradients, **tokens(lib), score_mod=mod)
+
+
+def test_exception_of_derivative(lib):
+    if differentiates(lib):
+        pytest.skip("this library differentiates functions itself")
+    error = Mine("stop")
+
+    def derivative(*args):
+        raise error
+
+    mod = ScoreMod(cube, derivative)
+    with pytest.raises(Mine) as caught:
+        gradients(**tokens(lib), score_mod=mod, query_chunk_size=2)
+    assert caught.value is error
+
+
+def test_derivatives_of_two_libraries():
+    both = "numpy | array_api_strict"
+    _, vjp = attention_vjp(np.ones(Q), np.ones(K), np.ones(V))
+    refused(TypeError, f"d_out | {both}", vjp, of_library("array_api_strict", (2, 4, 5, 6)))
+    three, key = (np.ones(Q), np.ones(K), np.ones(V)), of_library("array_api_strict", K)
+    refused(TypeError, f"d_key | {both}", attention_jvp, three, (None, key, None))
+
+
+def test_derivatives_on_two_devices():
+    xp = pytest.importorskip("array_api_strict")
+    there = xp.asarray(np.ones((2, 4, 5, 6)), device=xp.Device("device1"))
+    _, vjp = attention_vjp(*(of_library("array_api_strict", shape) for shape in (Q, K, V)))
+    refused(ValueError, "d_out | CPU_DEVICE | device1", vjp, there)
 
 
 # merge

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import json
-import tracemalloc
 from contextlib import nullcontext
 from functools import partial
 
 import libraries
 import numpy as np
 import pytest
+from memory import extra_bytes, tokens
 
 from chunkattn import attention
 from chunkattn._adapters import adapter_of
@@ -18,84 +16,6 @@ from chunkattn.masks import Causal
 
 chunked = partial(attention, implementation="chunked", return_lse=True)
 standard = partial(attention, implementation="standard", return_lse=True)
-
-
-def tokens(lib, n_q, n_k=None, dtype=None):
-    """Return query, key and value of one head and width 64."""
-    rng = np.random.default_rng(2112_05682)
-    lengths = (n_q, n_k or n_q, n_k or n_q)
-    return tuple(
-        lib.asarray(rng.standard_normal((n, 64), dtype=np.float32), dtype) for n in lengths
-    )
-
-
-# What a call holds at a time beyond its inputs and its outputs, in bytes.
-
-
-def extra_bytes(lib, function, *args, threads=1, **kwargs):
-    """Measure one call on this library, with NumPy held to `threads` threads."""
-    if lib.name.startswith("jax"):
-        return _of_jax(function, args, kwargs)
-    measure = {"torch": _of_torch, "torch-cuda": _of_cuda}.get(lib.name, _of_numpy)
-    if measure is _of_numpy and lib.name == "cupy":
-        pytest.skip("CuPy's memory pool keeps no record of its peak")
-    with _blas_threads(threads) if measure is _of_numpy else nullcontext():
-        function(*(x[:8, :] for x in args))  # what a first call loads is no part of it
-        gc.collect()
-        peak, results = measure(lambda: function(*args, **kwargs))
-    return peak - sum(getattr(x, "_array", x).nbytes for x in results)
-
-
-def _blas_threads(count):
-    threadpoolctl = pytest.importorskip("threadpoolctl")
-    return threadpoolctl.threadpool_limits(count, user_api="blas")
-
-
-def _of_numpy(call):
-    tracemalloc.start()
-    try:
-        results = call()
-        return tracemalloc.get_traced_memory()[1], results
-    finally:
-        tracemalloc.stop()
-
-
-def _of_torch(call):
-    """Follow the allocator through the profiler's trace."""
-    import tempfile
-    from pathlib import Path
-
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        results = call()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    steps = [event for event in events if event["name"] == "[memory]"]
-    steps.sort(key=lambda event: event["ts"])
-    held = np.cumsum([event["args"]["Bytes"] for event in steps])
-    return int(held.max()), results
-
-
-def _of_cuda(call):
-    import torch
-
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    results = call()
-    return torch.cuda.max_memory_allocated() - before, results
-
-
-def _of_jax(function, args, kwargs):
-    """Ask the compiler, which plans all memory ahead."""
-    import jax
-
-    arrays = {name: x for name, x in kwargs.items() if isinstance(x, jax.Array)}
-    static = {name: x for name, x in kwargs.items() if name not in arrays}
-    compiled = jax.jit(lambda args, arrays: function(*args, **arrays, **static))
-    return compiled.lower(args, arrays).compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.feature("memory that does not grow with the length")

@@ -1,4 +1,4 @@
-"""The README's examples, each run as a doctest."""
+"""The examples of the README and of the page on gradients, each section run as a doctest."""
 
 from __future__ import annotations
 
@@ -9,32 +9,41 @@ from pathlib import Path
 import libraries
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "gradients.md")
 NEEDS = {"CuPy": "cupy"}  # the examples that only a GPU can run, by heading
 
 
-def examples():
-    """Yield the heading, the text and the line of each example."""
-    text = README.read_text(encoding="utf-8")
-    headings = list(re.finditer(r"^#+ (.+)$", text, re.MULTILINE))
-    for block in re.finditer(r"^```pycon\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        heading = [h[1] for h in headings if h.start() < block.start()][-1]
-        line = text.count("\n", 0, block.start(1))
-        yield pytest.param(heading, block[1], line, id=heading)
+def sections():
+    """Yield the page, the heading, the examples and the line of each section that has any."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        headings = list(re.finditer(r"^#+ (.+)$", text, re.MULTILINE))
+        ends = [h.start() for h in headings[1:]] + [len(text)]
+        for heading, end in zip(headings, ends, strict=True):
+            section = text[heading.end() : end]
+            blocks = re.findall(r"^```pycon\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+            if blocks:
+                line = text.count("\n", 0, heading.start())
+                id = f"{page.stem}: {heading[1]}"
+                yield pytest.param(page, heading[1], "\n".join(blocks), line, id=id)
 
 
-@pytest.mark.parametrize(("heading", "text", "line"), list(examples()))
-def test_example(heading, text, line):
+@pytest.mark.parametrize(("page", "heading", "text", "line"), list(sections()))
+def test_example(page, heading, text, line):
     needed = NEEDS.get(heading)
     if needed and not libraries.present(needed):
         pytest.skip(f"{needed} finds no device here")
-    example = doctest.DocTestParser().get_doctest(text, {}, heading, str(README), line)
+    example = doctest.DocTestParser().get_doctest(text, {}, heading, str(page), line)
     assert example.examples
     told = []
     result = doctest.DocTestRunner(verbose=False).run(example, out=told.append)
     assert not result.failed, "".join(told)
 
 
-def test_every_code_block_is_an_example_or_a_command():
-    kinds = re.findall(r"^```(\w*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert set(kinds) == {"pycon", "sh", ""}
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_code_block_is_an_example_or_a_command(page):
+    kinds = re.findall(r"^```(\w*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(kinds) <= {"pycon", "sh", ""}
+    assert "pycon" in kinds

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from derivatives import pulled, pushed
 
-from chunkattn import attention
+from chunkattn import attention, attention_vjp
 
 BAD = [np.nan, np.inf, -np.inf]
 CHUNKS = [(None, None), (4, 4), (3, 100)]
@@ -137,3 +138,111 @@ def test_scores_of_any_size(check, rng, implementation, size):
     elif size == 1e4:
         q, k = np.round(q), np.round(k)  # exact products
     check(dtype_scale * q, dtype_scale * k, v, implementation=implementation, key_chunk_size=4)
+
+
+# Derivatives: of query, key and value, and of out and lse
+
+CUT = {"query_chunk_size": 5, "key_chunk_size": 6}
+
+
+class Directions:
+    """Tokens with directions to differentiate in, by name; keys are shared by two heads."""
+
+    def __init__(self, rng, batch):
+        q, k, v = (batch, 4, 13, 6), (batch, 2, 17, 6), (batch, 2, 17, 5)
+        out, lse = (batch, 4, 13, 5), (batch, 4, 13)
+        shapes = {"q": q, "k": k, "v": v, "q_dot": q, "k_dot": k, "v_dot": v}
+        shapes |= {"out_bar": out, "lse_bar": lse}
+        self.arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+
+    def __getitem__(self, name):
+        return self.arrays[name]
+
+    def derivatives(self, lib, **kwargs):
+        """Return the gradients and the tangents by name."""
+        arrays = {name: lib.asarray(x) for name, x in self.arrays.items()}
+        kwargs = {name: lib.asarray(x) for name, x in kwargs.items()} | CUT
+        tokens = [arrays.pop(name) for name in "qkv"]
+        bars = [arrays.pop(name) for name in ("out_bar", "lse_bar")]
+        found = lib.call(pulled, *tokens, *bars, **kwargs)[1]
+        found["out"], found["lse"] = lib.call(pushed, *tokens, *arrays.values(), **kwargs)[1]
+        return {name: lib.numpy(x) for name, x in found.items()}
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.feature("NaN and inf behind a mask never leak")
+def test_hidden_from_derivatives(lib, rng):
+    """What no query sees, and what belongs to a query that sees nothing, reaches no derivative."""
+    seen = rng.random((13, 17)) < 0.5
+    nobody, blind = [0, 3, 16], [2, 7, 12]
+    seen[:, nobody], seen[blind] = False, False
+    given = Directions(rng, 2)
+    clean = given.derivatives(lib, mask=seen)
+    for name in ("q", "q_dot", "out_bar"):
+        given[name][:, :, blind] = np.asarray(BAD)[:, None]
+    for name in ("k", "k_dot", "v", "v_dot"):
+        given[name][:, :, nobody] = np.asarray(BAD)[:, None]
+    given["lse_bar"][:, :, blind] = BAD
+    dirty = given.derivatives(lib, mask=seen)
+    for name, x in clean.items():
+        np.testing.assert_array_equal(dirty[name], x)
+        assert np.isfinite(x).all()
+        places = nobody if name in ("key", "value") else blind
+        assert (x[:, :, places] == 0).all()
+
+
+# Where a visible NaN stands, and which derivatives it reaches.
+REACHED = {
+    "q": ("query", "key", "value", "out", "lse"),
+    "k": ("query", "key", "value", "out", "lse"),
+    "v": ("query", "key", "out"),
+    "out_bar": ("query", "key", "value"),
+    "lse_bar": ("query", "key"),
+    "q_dot": ("out", "lse"),
+    "k_dot": ("out", "lse"),
+    "v_dot": ("out",),
+}
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.feature("visible NaN and inf reach those who see them, and no other")
+def test_visible_in_derivatives(lib, rng):
+    """A NaN reaches the queries that see it and the keys that these see; else no bit changes."""
+    given = Directions(rng, len(REACHED))  # each batch entry has the NaN in another place
+    seen = (rng.random((13, 17)) < 0.6) & (np.arange(13)[:, None] // 7 == np.arange(17) // 8)
+    clean = given.derivatives(lib, mask=seen)
+    for entry, name in enumerate(REACHED):
+        given[name][entry, 1, 4] = np.nan
+    dirty = given.derivatives(lib, mask=seen)
+    for entry, (name, results) in enumerate(REACHED.items()):
+        by_key = name[0] in "kv"
+        heads, rows = ([2, 3], seen[:, 4]) if by_key else ([1], np.arange(13) == 4)
+        for result, x in clean.items():
+            hit = np.zeros(x.shape[1:3], dtype=bool)
+            if result in results and result in ("key", "value"):
+                hit[int(by_key)] = seen[rows].any(axis=0)
+            elif result in results:
+                hit[np.ix_(heads, rows)] = True
+            np.testing.assert_array_equal(dirty[result][entry][~hit], x[entry][~hit])
+            assert np.isnan(dirty[result][entry][hit]).all()
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.feature("NaN and inf behind a mask never leak")
+def test_hidden_from_the_gradient_of_sinks(lib, rng):
+    """A query that sees no key has no `out` that a gradient could be asked of."""
+    q, k, v = (lib.asarray(rng.standard_normal((1, 2, 5, 4))) for _ in range(3))
+    allowed = np.ones((5, 5), dtype=bool)
+    allowed[2] = False
+    sinks, mask = lib.asarray(np.zeros(2)), lib.asarray(allowed)
+    bar = rng.standard_normal((1, 2, 5, 4))
+
+    def gradient(value):
+        bar[:, :, 2] = value
+
+        def call(q, k, v, sinks, mask, bar):
+            return attention_vjp(q, k, v, sinks=sinks, mask=mask)[1](bar)["sinks"]
+
+        return lib.numpy(lib.call(call, q, k, v, sinks, mask, lib.asarray(bar)))
+
+    np.testing.assert_array_equal(gradient(np.nan), gradient(0.0))

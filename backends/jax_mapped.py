@@ -1,0 +1,140 @@
+"""Operations under `jax.vmap`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from .generic import Array
+
+Arrays = dict[str, Array]
+
+
+def _to_axis(x: Array, axis: int | None) -> Array:
+    """Return `x` with its first axis as `axis`; for None without it, as all entries are equal."""
+    return x[0] if axis is None else jax.numpy.moveaxis(x, 0, axis)
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """An operation under `jax.vmap`, with rules that map those of the operation."""
+
+    operation: Any
+    size: int
+    mesh_axis: Any
+    dims: tuple[int | None, ...]  # of data and inputs, flat
+    tree: Any
+
+    @property
+    def residuals(self) -> tuple[str, ...]:
+        """The names of the results that only the rules use."""
+        names: tuple[str, ...] = self.operation.residuals
+        return names
+
+    def with_residuals(self, spec: Any) -> Mapped:
+        """Return the operation with what its rules need, mapped."""
+        return replace(self, operation=self.operation.with_residuals(spec))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the results."""
+        names: tuple[str, ...] = self.operation.outputs
+        return names
+
+    @property
+    def axes(self) -> tuple[Any, dict[str, int | None]]:
+        """The mapped axes of data and inputs."""
+        data, inputs = jax.tree.unflatten(self.tree, self.dims)
+        return data, inputs
+
+    def _vmap(self, function: Callable[..., Arrays], *axes: Any) -> Callable[..., Arrays]:
+        mapped: Callable[..., Arrays] = jax.vmap(
+            function, in_axes=axes, axis_size=self.size, spmd_axis_name=self.mesh_axis
+        )
+        return mapped
+
+    def shapes(
+        self, spec: Any, data: dict[str, Any], inputs: Arrays
+    ) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Return shape and dtype of each result."""
+
+        def one(x: Any, dim: int | None) -> Any:
+            shape = jax.numpy.shape(x)
+            if dim is not None:
+                shape = shape[:dim] + shape[dim + 1 :]
+            return jax.ShapeDtypeStruct(shape, jax.typeof(x).dtype)
+
+        flat = jax.tree.leaves((data, inputs))
+        ones = map(one, flat, self.dims)
+        data, inputs = jax.tree.unflatten(self.tree, ones)
+        shapes = self.operation.shapes(spec, data, inputs)
+        return {name: ((self.size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+    def __call__(self, xp: Any, spec: Any, data: dict[str, Any], inputs: Arrays) -> Arrays:
+        """Compute."""
+
+        def call(data: dict[str, Any], inputs: Arrays) -> Arrays:
+            found: Arrays = self.operation(xp, spec, data, inputs)
+            return found
+
+        return self._vmap(call, *self.axes)(data, inputs)
+
+    @property
+    def tangent(self) -> Any:
+        """The rule for tangents, mapped; None where the operation has none."""
+        return None if self.operation.tangent is None else self._tangent
+
+    def _tangent(
+        self,
+        apply: Any,
+        spec: Any,
+        data: dict[str, Any],
+        inputs: Arrays,
+        outputs: Arrays,
+        tangents: Arrays,
+    ) -> Arrays:
+        def rule(*arrays: Any) -> Arrays:
+            found: Arrays = self.operation.tangent(apply, spec, *arrays)
+            return found
+
+        moving = {name: self.axes[1][name] for name in tangents}
+        return self._vmap(rule, *self.axes, 0, moving)(data, inputs, outputs, tangents)
+
+    def results_tangent(
+        self, apply: Any, spec: Any, data: dict[str, Any], inputs: Arrays, tangents: Arrays
+    ) -> Arrays:
+        """Return the tangents of attention's results in `data`, mapped."""
+
+        def rule(*arrays: Any) -> Arrays:
+            found: Arrays = self.operation.results_tangent(apply, spec, *arrays)
+            return found
+
+        moving = {name: self.axes[1][name] for name in tangents}
+        found = self._vmap(rule, *self.axes, moving)(data, inputs, tangents)
+        return {name: _to_axis(x, self.axes[0][name]) for name, x in found.items()}
+
+    def cotangent(
+        self,
+        apply: Any,
+        spec: Any,
+        data: dict[str, Any],
+        inputs: Arrays,
+        outputs: Arrays,
+        cotangents: Arrays,
+        wanted: tuple[str, ...],
+    ) -> Arrays:
+        """Return the gradients of the `wanted` inputs, mapped; summed for what is not mapped."""
+
+        def rule(*arrays: Any) -> Arrays:
+            found: Arrays = self.operation.cotangent(apply, spec, *arrays, wanted)
+            return found
+
+        found = self._vmap(rule, *self.axes, 0, 0)(data, inputs, outputs, cotangents)
+        axes = self.axes[1]
+        return {
+            name: x.sum(axis=0) if axes[name] is None else jax.numpy.moveaxis(x, 0, axes[name])
+            for name, x in found.items()
+        }

@@ -1,0 +1,211 @@
+"""PyTorch's autograd around operations that come with rules for their derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from .generic import Array
+
+
+class Call:
+    """One call of an operation, without its tensors; these travel beside it in one tuple."""
+
+    def __init__(
+        self, adapter: Any, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Any]
+    ) -> None:
+        self.adapter, self.operation, self.spec = adapter, operation, spec
+        self.names = tuple(inputs)
+        held = [x.detach() if x.is_floating_point() else x for x in _tensors(data)]
+        self.tensors = (*inputs.values(), *held)
+        self.data = _rebuilt(data, iter(range(len(held))))  # numbers in place of tensors
+
+    def arrays(self, tensors: tuple[Array, ...]) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Return ``(data, inputs)`` with these tensors in them."""
+        count = len(self.names)
+        inputs = dict(zip(self.names, tensors[:count], strict=True))
+        return _filled(self.data, tensors[count:]), inputs
+
+    def run(self, tensors: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Return the operation's results, in the order of ``operation.outputs``."""
+        device = tensors[0].device.type
+        mixed = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if mixed else nullcontext():
+            found = self.operation(self.adapter, self.spec, *self.arrays(tensors))
+        return tuple(_whole(found[name]) for name in self.operation.outputs)
+
+
+class _Place(int):
+    """The number of a tensor in the data of a call."""
+
+
+def _tensors(x: Any) -> Iterator[Array]:
+    """Yield the tensors in a nest of dicts and tuples."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, dict | tuple | list):
+        for y in x.values() if isinstance(x, dict) else x:
+            yield from _tensors(y)
+
+
+def _rebuilt(x: Any, numbers: Iterator[int]) -> Any:
+    """Return the nest with places for its tensors."""
+    if isinstance(x, torch.Tensor):
+        return _Place(next(numbers))
+    if isinstance(x, dict):
+        return {name: _rebuilt(y, numbers) for name, y in x.items()}
+    return tuple(_rebuilt(y, numbers) for y in x) if isinstance(x, tuple) else x
+
+
+def _filled(x: Any, tensors: tuple[Array, ...]) -> Any:
+    """Return the nest with tensors in their places."""
+    if isinstance(x, _Place):
+        return tensors[x]
+    if isinstance(x, dict):
+        return {name: _filled(y, tensors) for name, y in x.items()}
+    return tuple(_filled(y, tensors) for y in x) if isinstance(x, tuple) else x
+
+
+def _whole(x: Array) -> Array:
+    """Return `x` as no view, so that autograd lets the caller write to it."""
+    return x.data if type(x) is torch.Tensor and x._is_view() else x
+
+
+class Operation(torch.autograd.Function):  # type: ignore[misc]
+    """An operation with its rules; its arguments are a `Call` and the call's tensors."""
+
+    @staticmethod
+    def forward(call: Call, *tensors: Array) -> tuple[Array, ...]:
+        """Compute."""
+        return call.run(tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Array, ...]) -> None:
+        """Keep the inputs, and the outputs where the rules want them."""
+        ctx.call, *tensors = inputs
+        operation = ctx.call.operation
+        found = dict(zip(operation.outputs, output, strict=True))
+        ctx.mark_non_differentiable(*(found[name] for name in operation.residuals))
+        kept = (*tensors, *(output if operation.keeps_outputs else ()))
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Array) -> tuple[Array | None, ...]:
+        """Call the rule for gradients."""
+        call, (data, inputs, outputs) = ctx.call, _saved(ctx)
+        operation = call.operation
+        needed = zip(call.names, ctx.needs_input_grad[1:], strict=False)
+        wanted = tuple(name for name, needs in needed if needs)
+        bars = dict(zip(operation.outputs, cotangents, strict=True))
+        apply = call.adapter.differentiable
+        found = operation.cotangent(apply, call.spec, data, inputs, outputs, bars, wanted)
+        rest = len(ctx.needs_input_grad) - 1 - len(call.names)
+        return (None, *(found.get(name) for name in call.names), *(None,) * rest)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Array | None) -> tuple[Array | None, ...]:
+        """Call the rule for tangents."""
+        call, (data, inputs, outputs) = ctx.call, _saved(ctx)
+        operation = call.operation
+        if operation.tangent is None:
+            raise NotImplementedError(
+                "forward mode of forward mode is not given for attention: take "
+                "torch.func.hessian, or jacfwd of jacrev, for second derivatives"
+            )
+        moves = {name: x for name, x in zip(call.names, tangents, strict=False) if x is not None}
+        apply = call.adapter.differentiable
+        found = operation.tangent(apply, call.spec, data, inputs, outputs, moves)
+        return tuple(found.get(name) for name in operation.outputs)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], call: Call, *tensors: Array
+    ) -> tuple[tuple[Array, ...], tuple[int, ...]]:
+        """Call once for each entry."""
+        dims = in_dims[1:]
+        results = [
+            Operation.apply(
+                call,
+                *(
+                    x if dim is None else x.select(dim, i)
+                    for x, dim in zip(tensors, dims, strict=True)
+                ),
+            )
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+        return stacked, (0,) * len(stacked)
+
+
+def _saved(ctx: Any) -> tuple[dict[str, Any], dict[str, Array], dict[str, Array]]:
+    """Return the data, inputs and outputs that a context keeps."""
+    call, saved = ctx.call, ctx.saved_tensors
+    count = len(call.tensors)
+    outputs = dict(zip(call.operation.outputs, saved[count:], strict=False))
+    return (*call.arrays(saved[:count]), outputs)
+
+
+class Watch(TorchFunctionMode):  # type: ignore[misc]
+    """Collects the tensors that a function takes from elsewhere than its arguments."""
+
+    def __init__(self, own: tuple[Array, ...]) -> None:
+        super().__init__()
+        self.own = list(own)  # held, so that no number of an object is used twice
+        self.known = {id(x) for x in own}
+        self.captured: list[Array] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Look at what goes in, and remember what comes out."""
+        self.captured += self._new((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        self.own += self._new(result)
+        return result
+
+    def _new(self, x: Any) -> list[Array]:
+        found = [y for y in _tensors(x) if id(y) not in self.known]
+        self.known.update(map(id, found))
+        return found
+
+
+class Exchange(TorchFunctionMode):  # type: ignore[misc]
+    """Puts other tensors in the place of captured ones."""
+
+    def __init__(self, old: tuple[Array, ...], new: tuple[Array, ...]) -> None:
+        super().__init__()
+        self.new = {id(x): y for x, y in zip(old, new, strict=True)}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call with the exchanged arguments."""
+        return func(*self._exchanged(args), **self._exchanged(kwargs or {}))
+
+    def _exchanged(self, x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return self.new.get(id(x), x)
+        if isinstance(x, dict):
+            return {name: self._exchanged(y) for name, y in x.items()}
+        if type(x) in (tuple, list):
+            return type(x)(map(self._exchanged, x))
+        return x
+
+
+class Lifted:
+    """A function with the tensors it captures as its first argument."""
+
+    def __init__(self, function: Callable[..., Array], captured: tuple[Array, ...]) -> None:
+        self.function, self.captured = function, captured
+
+    def __call__(self, captured: tuple[Array, ...], *args: Array) -> Array:
+        """Call the function with `captured` in the place of what it holds."""
+        if not self.captured:
+            return self.function(*args)
+        with Exchange(self.captured, captured):
+            return self.function(*args)

@@ -1,0 +1,309 @@
+"""Which algorithm differentiates which: the rules that an adapter builds its autodiff from.
+
+Four operations are closed under reverse and forward mode, to second order.  With ``f`` attention,
+``J`` its Jacobian and ``H[g]`` the Hessian of ``<g, f>``, which is symmetric:
+
+===========================  =========================  ======================================
+operation                    its tangent                its cotangent
+===========================  =========================  ======================================
+`Forward`   ``f(x)``         `Tangent`                  `Backward`
+`Tangent`   ``J x'``         none                       ``H[g] x'`` for x, ``Jᵀ g`` for x'
+`Backward`  ``Jᵀ g``         `Second`                   ``H[g] u`` for x, ``J u`` for g
+`Second`    ``H[g] x' + Jᵀ g'``  none                   ``H[g] u`` for x', ``J u`` for g'
+===========================  =========================  ======================================
+
+An operation is called as ``operation(xp, spec, data, inputs)``: `inputs` are the floating arrays by
+name that it may be differentiated by, `data` is all else.  It returns a dict of arrays.  The rules
+take ``apply(operation, spec, data, inputs)``, the adapter's way to call an operation so that it can
+be differentiated in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ._chunked import chunked
+from ._derivatives import backward, second, tangent
+from ._problem import TANGENT
+from ._spec import Spec
+from ._standard import standard
+
+Array = Any
+Arrays = dict[str, Array]
+Apply = Callable[[Any, Spec, dict[str, Any], Arrays], Arrays]
+Names = tuple[str, ...]
+Shapes = dict[str, tuple[tuple[int, ...], Any]]  # shape and dtype by name
+
+RESULTS = ("out", "lse")
+COTANGENTS = ("d_out", "d_lse")
+
+
+def _as_tangents(arrays: Arrays) -> Arrays:
+    return {name + TANGENT: x for name, x in arrays.items()}
+
+
+def _cotangents(arrays: Arrays) -> Arrays:
+    return {"d_" + name: x for name, x in arrays.items()}
+
+
+def _primals(inputs: Arrays) -> Arrays:
+    return {
+        name: x
+        for name, x in inputs.items()
+        if not name.endswith(TANGENT) and name not in COTANGENTS
+    }
+
+
+def results(outputs: Arrays) -> Arrays:
+    """Return ``(out, lse)`` of `Forward` as the data of the other operations."""
+    return {"out": outputs.get("exact", outputs["out"]), "lse": outputs["lse"]}
+
+
+def _results_tangent(
+    apply: Apply, spec: Spec, data: dict[str, Any], inputs: Arrays, tangents: Arrays
+) -> Arrays:
+    """Return the tangents of ``(out, lse)`` in `data`, where the inputs of an operation move."""
+    moves = {name: x for name, x in tangents.items() if name in _primals(tangents)}
+    return apply(Tangent(), spec, data, _primals(inputs) | _as_tangents(moves))
+
+
+@dataclass(frozen=True)
+class Forward:
+    """``(out, lse)`` of the inputs."""
+
+    done: Callable[[], None] | None = None  # called after each chunk of queries
+    exact: bool = False  # whether to return "exact" too: out in the compute dtype, for the rules
+
+    keeps_outputs = True
+
+    @property
+    def outputs(self) -> Names:
+        """The names of the results."""
+        return RESULTS + self.residuals
+
+    @property
+    def residuals(self) -> Names:
+        """The names of the results that only the rules use: they do not move."""
+        return ("exact",) if self.exact else ()
+
+    def with_residuals(self, spec: Spec) -> Forward:
+        """Return the operation to call where a rule may be called later.
+
+        The derivatives subtract sums over `out` from each other, and would show its rounding.
+        """
+        return replace(self, exact=spec.dtype != spec.compute)
+
+    def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
+        """Return shape and dtype of each result."""
+        lead = () if spec.headless else (*spec.batch, spec.heads)
+        out = (*lead, spec.n_q, spec.d_v)
+        if spec.layout == "nhd" and not spec.headless:
+            out = (*spec.batch, spec.n_q, spec.heads, spec.d_v)
+        lse = (*lead, spec.n_q)
+        found = {"out": (out, spec.dtype), "lse": (lse, spec.compute), "exact": (out, spec.compute)}
+        return {name: found[name] for name in self.outputs}
+
+    def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
+        """Compute."""
+        algorithm = standard if spec.standard else chunked
+        found = algorithm(xp, spec, data | inputs, exact=self.exact, done=self.done)
+        return dict(zip(self.outputs, found, strict=True))
+
+    def tangent(
+        self,
+        apply: Apply,
+        spec: Spec,
+        data: dict[str, Any],
+        inputs: Arrays,
+        outputs: Arrays,
+        tangents: Arrays,
+    ) -> Arrays:
+        """Return the outputs' tangents; an input without one does not move."""
+        return apply(Tangent(), spec, data | results(outputs), inputs | _as_tangents(tangents))
+
+    def cotangent(
+        self,
+        apply: Apply,
+        spec: Spec,
+        data: dict[str, Any],
+        inputs: Arrays,
+        outputs: Arrays,
+        cotangents: Arrays,
+        wanted: Names,
+    ) -> Arrays:
+        """Return the gradients of the `wanted` inputs, for gradients of all outputs."""
+        bars = _cotangents({name: cotangents[name] for name in RESULTS})
+        return apply(Backward(wanted), spec, data | results(outputs), inputs | bars)
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """The tangents of ``(out, lse)``, which are in `data`."""
+
+    outputs = RESULTS
+    residuals = ()
+    keeps_outputs = False
+    done = tangent = None
+
+    def with_residuals(self, spec: Spec) -> Tangent:
+        """As that of `Forward`."""
+        return self
+
+    def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
+        """As those of `Forward`."""
+        return Forward().shapes(spec, data, inputs)
+
+    def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
+        """Compute."""
+        return dict(zip(RESULTS, tangent(xp, spec, data | inputs), strict=True))
+
+    def results_tangent(
+        self, apply: Apply, spec: Spec, data: dict[str, Any], inputs: Arrays, tangents: Arrays
+    ) -> Arrays:
+        """Return the tangents of the results in `data`, for a library's own forward mode."""
+        return _results_tangent(apply, spec, data, inputs, tangents)
+
+    def cotangent(
+        self,
+        apply: Apply,
+        spec: Spec,
+        data: dict[str, Any],
+        inputs: Arrays,
+        outputs: Arrays,
+        cotangents: Arrays,
+        wanted: Names,
+    ) -> Arrays:
+        """As that of `Forward`."""
+        bars = _cotangents(cotangents)
+        moved = tuple(name.removesuffix(TANGENT) for name in wanted if name.endswith(TANGENT))
+        found: Arrays = {}
+        if moved:
+            found |= _as_tangents(apply(Backward(moved), spec, data, _primals(inputs) | bars))
+        if still := tuple(name for name in wanted if not name.endswith(TANGENT)):
+            found |= apply(Second(still), spec, data, inputs | bars)
+        return found
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The gradients of the `wanted` inputs, from those of ``(out, lse)``; these are in `data`."""
+
+    wanted: Names
+
+    residuals = ()
+    keeps_outputs = False
+    done = None
+
+    def with_residuals(self, spec: Spec) -> Backward:
+        """As that of `Forward`."""
+        return self
+
+    @property
+    def outputs(self) -> Names:
+        """The names of the results."""
+        return self.wanted
+
+    def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
+        """As those of `Forward`."""
+        return {name: (tuple(inputs[name].shape), inputs[name].dtype) for name in self.wanted}
+
+    def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
+        """Compute."""
+        found = backward(xp, spec, data | inputs, self.wanted)
+        return dict(zip(self.wanted, found, strict=True))
+
+    def tangent(
+        self,
+        apply: Apply,
+        spec: Spec,
+        data: dict[str, Any],
+        inputs: Arrays,
+        outputs: Arrays,
+        tangents: Arrays,
+    ) -> Arrays:
+        """As that of `Forward`."""
+        return apply(Second(self.wanted), spec, data, inputs | _as_tangents(tangents))
+
+    def cotangent(
+        self,
+        apply: Apply,
+        spec: Spec,
+        data: dict[str, Any],
+        inputs: Arrays,
+        outputs: Arrays,
+        cotangents: Arrays,
+        wanted: Names,
+    ) -> Arrays:
+        """As that of `Forward`."""
+        moved = _as_tangents(cotangents)
+        found: Arrays = {}
+        if bars := tuple(name for name in wanted if name in COTANGENTS):
+            moves = apply(Tangent(), spec, data, _primals(inputs) | moved)
+            found |= {name: moves[name.removeprefix("d_")] for name in bars}
+        if still := tuple(name for name in wanted if name not in COTANGENTS):
+            found |= apply(Second(still), spec, data, inputs | moved)
+        return found
+
+
+@dataclass(frozen=True)
+class Second:
+    """The tangents of what `Backward` gives."""
+
+    wanted: Names
+
+    residuals = ()
+    keeps_outputs = False
+    done = tangent = None
+
+    def with_residuals(self, spec: Spec) -> Second:
+        """As that of `Forward`."""
+        return self
+
+    @property
+    def outputs(self) -> Names:
+        """The names of the results."""
+        return self.wanted
+
+    def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
+        """As those of `Forward`."""
+        return {name: (tuple(inputs[name].shape), inputs[name].dtype) for name in self.wanted}
+
+    def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
+        """Compute."""
+        found = second(xp, spec, data | inputs, self.wanted)
+        return dict(zip(self.wanted, found, strict=True))
+
+    def results_tangent(
+        self, apply: Apply, spec: Spec, data: dict[str, Any], inputs: Arrays, tangents: Arrays
+    ) -> Arrays:
+        """As that of `Tangent`."""
+        return _results_tangent(apply, spec, data, inputs, tangents)
+
+    def cotangent(
+        self,
+        apply: Apply,
+        spec: Spec,
+        data: dict[str, Any],
+        inputs: Arrays,
+        outputs: Arrays,
+        cotangents: Arrays,
+        wanted: Names,
+    ) -> Arrays:
+        """As that of `Forward`, for the tangents alone."""
+        if still := [name for name in wanted if not name.endswith(TANGENT)]:
+            raise NotImplementedError(
+                "attention is differentiated to second order: a third derivative, with respect to "
+                f"{', '.join(still)}, is not given"
+            )
+        wanted = tuple(name.removesuffix(TANGENT) for name in wanted)
+        bars = {name: inputs[name] for name in COTANGENTS}
+        moves = _primals(inputs) | _as_tangents(cotangents)
+        found: Arrays = {}
+        if arrays := tuple(name for name in wanted if name not in COTANGENTS):
+            found |= apply(Second(arrays), spec, data, moves | bars)
+        if of_bars := tuple(name for name in wanted if name in COTANGENTS):
+            moved = apply(Tangent(), spec, data, moves)
+            found |= {name: moved[name.removeprefix("d_")] for name in of_bars}
+        return _as_tangents(found)

@@ -1,0 +1,166 @@
+"""Functions of the caller that take part in a call, and the arrays that they capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from ._shapes import broadcast
+from .masks import Predicate
+
+if TYPE_CHECKING:
+    from ._shapes import Shapes
+    from ._tiles import Tile
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class ScoreMod:
+    """A `score_mod` with its derivative, for libraries that cannot find the derivative themselves.
+
+    PyTorch and JAX differentiate `function` itself and do not call `derivative`.
+
+    Parameters
+    ----------
+    function : callable(score, b, h, q_idx, kv_idx)
+        The `score_mod` of `attention`; each score it returns depends on that one score alone.
+    derivative : callable(score, b, h, q_idx, kv_idx)
+        ∂function/∂score, element by element: an array that broadcasts against `score`, the same
+        `score` that `function` gets.
+
+    Raises
+    ------
+    TypeError
+        If either is not callable.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from chunkattn import ScoreMod, attention_vjp
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 10, 4))
+    >>> cube = ScoreMod(
+    ...     lambda score, b, h, q_idx, kv_idx: score**3,
+    ...     lambda score, b, h, q_idx, kv_idx: 3 * score**2,
+    ... )
+    >>> out, vjp = attention_vjp(q, k, v, score_mod=cube)
+    >>> vjp(np.ones_like(out))["query"].shape
+    (10, 4)
+    """
+
+    function: Callable[..., Array]
+    derivative: Callable[..., Array]
+
+    def __post_init__(self) -> None:
+        for name in ("function", "derivative"):
+            if not callable(getattr(self, name)):
+                raise TypeError(
+                    f"ScoreMod: {name} must be callable; got {getattr(self, name)!r:.80}"
+                )
+
+    def __call__(self, *args: Array) -> Array:
+        """Call the function."""
+        return self.function(*args)
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """A caller's `score_mod` as ``function(captured, score, b, h, q_idx, kv_idx)``."""
+
+    function: Callable[..., Array]
+    derivative: Callable[..., Array] | None
+
+
+@dataclass(frozen=True)
+class LiftedPredicate(Predicate):
+    """A mask whose function is ``mask_mod(captured, b, h, q_idx, kv_idx)``."""
+
+    captured: tuple[Array, ...] | None = None
+
+    def of(self, *place: Array) -> Array:
+        """Call the function."""
+        return self.mask_mod(self.captured or (), *place)
+
+
+class Modified:
+    """The `score_mod` of a tile as a function of the scores and of what it captures."""
+
+    def __init__(self, tile: Tile) -> None:
+        mod = tile.rows.problem.spec.score_mod
+        assert mod is not None
+        self.mod, self.xp = mod, tile.xp
+        self.place = (tile.b, tile.h, tile.q_idx, tile.kv_idx)
+
+    def __call__(self, s: Array, *captured: Array) -> Array:
+        """Return the modified scores, in the dtype of `s`."""
+        after = self.mod.function(captured, s, *self.place)
+        if not hasattr(after, "dtype") or tuple(after.shape) != tuple(s.shape):
+            got = getattr(after, "shape", type(after).__name__)
+            raise ValueError(f"score_mod must return an array of shape {tuple(s.shape)}; got {got}")
+        # A copy, since what follows is done in place, and the function may have returned an array
+        # of its own.
+        return s if after is s else self.xp.astype(after, s.dtype)
+
+    def derivative(self, s: Array) -> Array:
+        """Return the derivative that the caller gave, at `s`."""
+        if self.mod.derivative is None:
+            raise TypeError(
+                f"score_mod must be ScoreMod(function, derivative) for derivatives on "
+                f"{self.xp.name} arrays, whose library cannot differentiate a function"
+            )
+        slope = self.mod.derivative(s, *self.place)
+        shape = tuple(getattr(slope, "shape", (None,)))
+        if broadcast([shape, tuple(s.shape)]) != tuple(s.shape):
+            got = getattr(slope, "shape", type(slope).__name__)
+            raise ValueError(
+                "score_mod: the derivative of a ScoreMod must return an array of a shape that broadcasts to "
+                f"{tuple(s.shape)}; got {got}"
+            )
+        return self.xp.cast(slope, s.dtype)
+
+
+class Examples:
+    """What the caller's functions are called with in a call, to find out what they capture."""
+
+    def __init__(self, xp: Any, shapes: Shapes, like: Array, data: dict[str, Any]) -> None:
+        self.xp, self.shapes, self.like, self.data = xp, shapes, like, data
+
+    def place(self, rows: int, cols: int) -> tuple[Array, ...]:
+        """Return batch entries, heads and positions of the first tile of this size."""
+        xp, batch, heads = self.xp, self.shapes.batch, self.shapes.heads
+        ones = (1,) * len(batch)
+        query, key = (
+            xp.cast(x, xp.index_dtype) if hasattr(x, "shape") else x
+            for x in (self.data["query_offset"], self.data["key_offset"])
+        )
+        if hasattr(query, "shape"):
+            query = query[..., None, None, None]
+
+        def index(n: int, shape: tuple[int, ...]) -> Array:
+            return xp.reshape(xp.index(self.like, n), shape)
+
+        return (
+            index(prod(batch), (*batch, 1, 1, 1)),
+            index(heads, (*ones, heads, 1, 1)),
+            index(rows, (*ones, 1, rows, 1)) + query,
+            index(cols, (*ones, 1, 1, cols)) + key,
+        )
+
+    def lift_mask(self, mask: Predicate, sizes: list[tuple[int, int]]) -> LiftedPredicate:
+        """Return the mask with what its function captures as data."""
+        return LiftedPredicate(*self.xp.lift(mask.mask_mod, self.place, sizes))
+
+    def lift_score_mod(
+        self, score_mod: Callable[..., Array], sizes: list[tuple[int, int]], dtype: Any
+    ) -> tuple[Lifted, tuple[Array, ...]]:
+        """Return the function and what it captures."""
+
+        def scored(rows: int, cols: int) -> tuple[Array, ...]:
+            shape = (*self.shapes.batch, self.shapes.heads, rows, cols)
+            return self.xp.new(self.like, shape, 0.0, dtype), *self.place(rows, cols)
+
+        function, captured = self.xp.lift(score_mod, scored, sizes)
+        derivative = score_mod.derivative if isinstance(score_mod, ScoreMod) else None
+        return Lifted(function, derivative), captured

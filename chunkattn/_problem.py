@@ -1,0 +1,121 @@
+"""A call's arrays as views with the axes ``(*batch, heads, n, d)``; length 1 broadcasts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ._spec import Spec
+
+Array = Any
+
+TOKENS = ("query", "key", "value")
+TANGENT = "_tangent"  # ends the name of an array's tangent
+
+
+def swap_layout(xp: Any, x: Array) -> Array:
+    """Exchange the axes of heads and positions: "hnd" from "nhd", or back."""
+    axes = list(range(x.ndim))
+    axes[-3], axes[-2] = axes[-2], axes[-3]
+    return xp.permute_dims(x, tuple(axes))
+
+
+def to_heads(xp: Any, form: Any, out: Array, lse: Array) -> tuple[Array, Array]:
+    """Return ``(out, lse)`` of a caller as (…, h, n, d_v) and (…, h, n, 1)."""
+    if form.headless:
+        return out[None, ...], lse[None, ..., None]
+    return (swap_layout(xp, out) if form.layout == "nhd" else out), lse[..., None]
+
+
+def to_caller(xp: Any, form: Any, out: Array, lse: Array) -> tuple[Array, Array]:
+    """Undo `to_heads`, for a `form` with the attributes ``headless`` and ``layout``."""
+    if form.headless:
+        return out[0, ...], lse[0, ..., 0]
+    return (swap_layout(xp, out) if form.layout == "nhd" else out), lse[..., 0]
+
+
+class Problem:
+    """A call's arrays as views of shape ``(*batch, heads, n, d)``, and its masks whole again."""
+
+    def __init__(self, xp: Any, spec: Spec, arrays: dict[str, Any]) -> None:
+        self.xp, self.spec = xp, spec
+        self.ndim = len(spec.batch) + 3
+        self.query, self.key, self.value = (self._tokens(arrays[name]) for name in TOKENS)
+        scale = arrays["scale"]
+        self.scale = xp.cast(scale, spec.compute) if hasattr(scale, "shape") else scale
+        self.bias, self.sinks = arrays.get("bias"), arrays.get("sinks")
+        self.masks = tuple(
+            replace(mask, **held) for mask, held in zip(spec.masks, arrays["masks"], strict=True)
+        )
+        offset, start = arrays["query_offset"], arrays["key_offset"]
+        self.query_offset = xp.cast(offset, xp.index_dtype) if hasattr(offset, "shape") else offset
+        self.key_offset = xp.as_index(start) if hasattr(start, "shape") else start
+        self.dropout_seed = arrays["dropout_seed"]
+        self.captured = {
+            name: x
+            for name, x in sorted(arrays.items(), key=lambda item: (len(item[0]), item[0]))
+            if name.startswith("captured") and not name.endswith(TANGENT)
+        }
+        self._given = arrays
+
+    def aligned(self, x: Array) -> Array:
+        """Return `x` with leading axes of length 1, up to the axes of the scores."""
+        return x[(None,) * (self.ndim - x.ndim) + (...,)]
+
+    def _tokens(self, x: Array) -> Array:
+        if self.spec.headless:
+            x = x[None, ...]
+        elif self.spec.layout == "nhd":
+            x = swap_layout(self.xp, x)
+        return self.aligned(x)
+
+    def outputs(self) -> tuple[Array, Array]:
+        """Return new arrays for ``(out, lse)``."""
+        spec = self.spec
+        shape = (*spec.batch, spec.heads, spec.n_q, 1)
+        lse = self.xp.new(self.query, shape, -float("inf"), spec.compute)
+        return self.new_out(spec.dtype), lse
+
+    def new_out(self, dtype: Any) -> Array:
+        """Return a new array for `out`, which lies in memory as the caller's layout has it."""
+        spec = self.spec
+        if spec.layout == "hnd":
+            shape = (*spec.batch, spec.heads, spec.n_q, spec.d_v)
+            return self.xp.new(self.query, shape, 0.0, dtype)
+        shape = (*spec.batch, spec.n_q, spec.heads, spec.d_v)
+        return swap_layout(self.xp, self.xp.new(self.query, shape, 0.0, dtype))
+
+    def zeros(self, name: str) -> Array:
+        """Return zeros in the compute dtype to sum up the gradient of an array of the call in.
+
+        They have its shape, in the axes of this problem.
+        """
+        zeros = self.xp.new(self.query, self._given[name].shape, 0.0, self.spec.compute)
+        if name in self.captured:
+            return zeros
+        if name in TOKENS:
+            return self._tokens(zeros)
+        return self.aligned(zeros[:, None, None] if name == "sinks" else zeros)
+
+    def gradient(self, name: str, x: Array) -> Array:
+        """Return what was summed up in `zeros` in the axes and dtype of the caller's array."""
+        given = self._given[name]
+        if name == "sinks":
+            x = x[..., 0, 0]
+        x = x[(0,) * (x.ndim - given.ndim) + (...,)]
+        if name in TOKENS and self.spec.layout == "nhd" and not self.spec.headless:
+            x = swap_layout(self.xp, x)
+        return self.xp.cast(x, given.dtype)
+
+    def is_shared(self, total: Array) -> bool:
+        """Whether several batch entries or heads add to the same entries of `total`."""
+        lead = (*self.spec.batch, self.spec.key_heads)
+        shape = total.shape[: len(lead)] if total.ndim == self.ndim else ()
+        return len(shape) < len(lead) or any(
+            n == 1 and m > 1 for n, m in zip(shape, lead, strict=True)
+        )
+
+    def results(self, out: Array, lse: Array, *exact: Array) -> tuple[Array, ...]:
+        """Return ``(out, lse)`` with the caller's axes, and further arrays like `out`."""
+        more = (to_caller(self.xp, self.spec, x, lse)[0] for x in exact)
+        return (*to_caller(self.xp, self.spec, out, lse), *more)

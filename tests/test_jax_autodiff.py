@@ -1,0 +1,201 @@
+"""JAX's transformations of attention, `merge` and streams."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from chunkattn import OnlineAttention, attention, attention_jvp, attention_vjp, masks, merge
+
+SHAPES = [(1, 2, 3, 2), (1, 1, 6, 2), (1, 1, 6, 1)]
+CHUNKS = {"query_chunk_size": 2, "key_chunk_size": 4}  # of 3 and 6: neither divides
+ALL = (0, 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_enable_x64", before)
+
+
+def arrays(*shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.standard_normal(shape)) for shape in shapes)
+
+
+def seen(out, lse):
+    """Leave out the lse of queries that see nothing: finite differences of -inf are NaN."""
+    return out, jnp.where(jnp.isinf(lse), 0.0, lse)
+
+
+def call(*tokens, **keywords):
+    return seen(*attention(*tokens, **CHUNKS | keywords, return_lse=True))
+
+
+def score_mod(slopes):
+    return lambda s, b, h, q, k: 0.3 * s * s + slopes[h] * (q - k) * s
+
+
+def streamed(query, key, value):
+    online = OnlineAttention(query, causal=True, query_offset=1, **CHUNKS)
+    for cut in (slice(0, 3), slice(3, 6)):
+        online.update(key[..., cut, :], value[..., cut, :])
+    return online.result(return_lse=True)
+
+
+def merged(query, key, value):
+    cuts = (slice(0, 3), slice(3, 6))
+    return merge(*(call(query, key[..., c, :], value[..., c, :]) for c in cuts))
+
+
+# By name: the function, and the shapes of what it takes after query, key and value.
+CASES = {
+    "all at once, a blind query": (
+        lambda *x: call(
+            *x[:3], bias=x[3], sinks=x[4], scale=x[5], causal=True, query_offset=-1, softcap=1.5
+        ),
+        [(2, 1, 6), (2,), ()],
+    ),
+    "score_mod, dropout": (
+        lambda *x: call(
+            *x[:3], score_mod=score_mod(x[3]), softcap=2.0, dropout=0.3, dropout_seed=1
+        ),
+        [(2,)],
+    ),
+    "stream": (streamed, []),
+    "merge": (merged, []),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_check_grads(name):
+    """Reverse, forward and second order, in float64 and with chunks that do not divide."""
+    function, more = CASES[name]
+    check_grads(jax.jit(function), arrays(*SHAPES, *more), order=2)
+
+
+def loss(query, key, value):
+    out, lse = call(query, key, value, mask=masks.Window(5, 0), query_offset=1, key_chunk_size=3)
+    return jnp.sin(out).sum() + jnp.cos(lse).sum()
+
+
+def textbook(query, key, value):
+    scores = query @ key.mT / 2**0.5
+    scores = jnp.where(jnp.tril(jnp.ones((3, 6), bool), 1), scores, -jnp.inf)
+    out = jax.nn.softmax(scores) @ value
+    return jnp.sin(out).sum() + jnp.cos(jax.nn.logsumexp(scores, -1)).sum()
+
+
+def scanned(f):
+    def steps(*x):
+        return jax.lax.scan(lambda c, _: (c + f(c * x[0], *x[1:]), None), 1.0, None, length=3)[0]
+
+    return steps
+
+
+# Each takes a function, its arguments, and three times these, stacked.
+TRANSFORMS = {
+    "grad": lambda f, x, _: jax.grad(f, ALL)(*x),
+    "jit of grad": lambda f, x, _: jax.jit(jax.grad(f, ALL))(*x),
+    "vjp": lambda f, x, _: jax.vjp(f, *x)[1](2.0),
+    "jvp": lambda f, x, _: jax.jvp(f, x, x),
+    "linearize": lambda f, x, _: jax.linearize(f, *x)[1](*x),
+    "jacfwd": lambda f, x, _: jax.jacfwd(f, ALL)(*x),
+    "jacrev": lambda f, x, _: jax.jacrev(f, ALL)(*x),
+    "hessian": lambda f, x, _: jax.hessian(f, ALL)(*x),
+    "grad of grad": lambda f, x, _: jax.grad(lambda *y: (jax.grad(f)(*y) ** 2).sum(), ALL)(*x),
+    "jacrev of jacfwd": lambda f, x, _: jax.jacrev(jax.jacfwd(f), ALL)(*x),
+    "jacfwd of jacfwd": lambda f, x, _: jax.jacfwd(jax.jacfwd(f), ALL)(*x),
+    "vmap": lambda f, _, xs: jax.vmap(f)(*xs),
+    "vmap of vmap of grad": lambda f, _, xs: jax.vmap(jax.vmap(jax.grad(f, ALL)))(
+        *(x[None] for x in xs)
+    ),
+    "grad of vmap over one": lambda f, x, xs: jax.grad(
+        lambda *y: jax.vmap(f, (2, None, None), 0)(*y).sum(), ALL
+    )(jnp.moveaxis(xs[0], 0, 2), *x[1:]),
+    "jit of vmap of hessian": lambda f, _, xs: jax.jit(jax.vmap(jax.hessian(f)))(*xs),
+    "checkpoint": lambda f, x, _: jax.grad(jax.checkpoint(f), ALL)(*x),
+    "jvp of checkpoint": lambda f, x, _: jax.jvp(jax.checkpoint(f), x, x),
+    "scan": lambda f, x, _: jax.grad(scanned(f), ALL)(*x),
+    "checkpoint in scan": lambda f, x, _: jax.grad(scanned(jax.checkpoint(f)), ALL)(*x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transformations(name):
+    x = arrays(*SHAPES)
+    xs = tuple(jnp.stack([y, y + 1, 2 * y]) for y in x)
+    ours, theirs = (TRANSFORMS[name](f, x, xs) for f in (loss, textbook))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-11)
+
+
+def test_textbook():
+    """The derivatives do not depend on what computed the result."""
+    x = arrays(*SHAPES)
+    check_grads(jax.jit(lambda *x: call(*x, implementation="standard")), x, order=1)
+
+
+@pytest.mark.slow
+def test_third_derivatives_forward():
+    x = arrays(*SHAPES)
+    ours, theirs = (jax.jacfwd(jax.hessian(f))(*x) for f in (loss, textbook))
+    np.testing.assert_allclose(ours, theirs, atol=1e-11)
+
+
+def test_captured_arrays():
+    """The gradients of what callables capture, eager, compiled and batched, to second order."""
+    x, slopes = arrays(*SHAPES), jnp.asarray([[0.3, -0.2], [1.0, 0.5]])
+
+    def of_slopes(slopes):
+        seen = jnp.sum(slopes > -9) + 3  # traced, and captured by the mask
+        mask = lambda b, h, q, k: k < seen  # noqa: E731
+        return jnp.sin(call(*x, score_mod=score_mod(slopes), mask=mask)[0]).sum()
+
+    check_grads(jax.jit(of_slopes), (slopes[0],), order=2, modes=["rev"])
+    each = jnp.stack([jax.grad(of_slopes)(one) for one in slopes])
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(of_slopes)))(slopes), each, atol=1e-12)
+    assert (each != 0).all()
+
+
+def test_third_derivatives_in_reverse_are_refused():
+    third = jax.grad(lambda q: jax.hessian(loss)(q, *arrays(*SHAPES[1:])).sum())
+    with pytest.raises(NotImplementedError, match="third derivative"):
+        third(*arrays(SHAPES[0]))
+
+
+def test_vjp_and_jvp_by_name_are_differentiable():
+    def by_name(*x):
+        out, vjp = attention_vjp(*x, **CHUNKS)
+        return tuple(vjp(jnp.sin(out)).values())
+
+    def forward(*x):
+        return attention_jvp(x, x, **CHUNKS)[1]
+
+    for function in (by_name, forward):
+        check_grads(jax.jit(function), arrays(*SHAPES), order=1)
+
+
+def test_without_the_primitive(monkeypatch):
+    """A JAX without `VJPHiPrimitive` has reverse mode, to second order, and refuses forward."""
+    from chunkattn.backends import jax as adapter
+    from chunkattn.backends import jax_primitive
+
+    monkeypatch.setattr(jax_primitive, "VJPHiPrimitive", None)
+    adapter._operations.cache_clear()
+    try:
+        x = arrays(*SHAPES)
+        check_grads(loss, x, order=1, modes=["rev"])
+        for name in ("grad of grad", "grad of vmap over one"):
+            test_transformations(name)
+        with pytest.raises(TypeError, match="custom_vjp"):
+            jax.jvp(loss, x, x)
+    finally:
+        adapter._operations.cache_clear()

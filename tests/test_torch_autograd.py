@@ -1,0 +1,241 @@
+"""PyTorch's autograd and `torch.func` through attention, `merge` and streams."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import func
+
+from chunkattn import OnlineAttention, attention, attention_jvp, attention_vjp, masks, merge
+
+# PyTorch itself uses what it deprecates, on the first use of forward mode.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
+SHAPES = [(1, 2, 3, 2), (1, 1, 5, 2), (1, 1, 5, 1)]
+CHUNKS = {"query_chunk_size": 2, "key_chunk_size": 3}
+
+
+def tensors(*shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [torch.asarray(rng.standard_normal(shape)).requires_grad_() for shape in shapes]
+
+
+def seen(out, lse):
+    """Leave out the lse of queries that see nothing: finite differences of -inf are NaN."""
+    return out, torch.where(torch.isinf(lse), 0.0, lse)
+
+
+def call(*tokens, **keywords):
+    return seen(*attention(*tokens, **CHUNKS | keywords, return_lse=True))
+
+
+def score_mod(slopes):
+    return lambda s, b, h, q, k: 0.3 * s * s + slopes[h] * (q - k) * s
+
+
+def streamed(query, key, value):
+    online = OnlineAttention(query, causal=True, query_offset=1, **CHUNKS)
+    for cut in (slice(0, 3), slice(3, 5)):
+        online.update(key[..., cut, :], value[..., cut, :])
+    return online.result(return_lse=True)
+
+
+def merged(query, key, value):
+    cuts = (slice(0, 3), slice(3, 5))
+    return merge(*(call(query, key[..., c, :], value[..., c, :]) for c in cuts))
+
+
+# By name: the function, and the shapes of what it takes after query, key and value.
+CASES = {
+    "plain": (call, []),
+    "scale": (lambda *x: call(*x[:3], scale=x[3]), [()]),
+    "causal, softcap": (lambda *x: call(*x, causal=True, query_offset=1, softcap=1.5), []),
+    "blind queries": (lambda *x: call(*x, causal=True, query_offset=-2), []),
+    "window": (lambda *x: call(*x, mask=masks.Window(2, 1), query_offset=0), []),
+    "bias, sinks": (lambda *x: call(*x[:3], bias=x[3], sinks=x[4]), [(2, 1, 5), (2,)]),
+    "score_mod": (lambda *x: call(*x[:3], score_mod=score_mod(x[3]), softcap=2.0), [(2,)]),
+    "dropout": (lambda *x: call(*x, dropout=0.3, dropout_seed=1), []),
+    "textbook": (lambda *x: call(*x, implementation="standard"), []),
+    "stream": (streamed, []),
+    "merge": (merged, []),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck(name):
+    """Reverse, forward and second order, in float64 and with chunks that do not divide."""
+    function, more = CASES[name]
+    inputs = tensors(*SHAPES, *more)
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("layout", ["nhd", "headless", "broadcast"])
+def test_gradcheck_of_layouts(layout):
+    shapes = {
+        "nhd": [(2, 5, 2, 3), (1, 7, 1, 3), (7, 1, 2)],
+        "headless": [(5, 3), (7, 3), (7, 2)],
+        "broadcast": [(2, 1, 4, 5, 3), (1, 3, 2, 7, 3), (2, 7, 2)],
+    }[layout]
+    keywords = {"layout": "nhd"} if layout == "nhd" else {}
+    assert torch.autograd.gradcheck(
+        lambda *x: call(*x, **keywords), tensors(*shapes), check_forward_ad=True, fast_mode=True
+    )
+
+
+def loss(query, key, value):
+    out, lse = call(query, key, value, causal=True, query_offset=1)
+    return out.sin().sum() + lse.cos().sum()
+
+
+def textbook(query, key, value):
+    scores = query @ key.mT / 2**0.5
+    scores = scores.masked_fill(~torch.ones(3, 5, dtype=torch.bool).tril(1), -torch.inf)
+    return (scores.softmax(-1) @ value).sin().sum() + scores.logsumexp(-1).cos().sum()
+
+
+ALL = (0, 1, 2)
+TRANSFORMS = {
+    "grad": lambda f, x, _: func.grad(f, ALL)(*x),
+    "vjp": lambda f, x, _: func.vjp(f, *x)[1](torch.tensor(2.0, dtype=torch.float64)),
+    "jvp": lambda f, x, _: func.jvp(f, x, x),
+    "jacrev": lambda f, x, _: func.jacrev(f, ALL)(*x),
+    "jacfwd": lambda f, x, _: func.jacfwd(f, ALL)(*x),
+    "hessian": lambda f, x, _: func.hessian(f, ALL)(*x),
+    "jacrev of jacrev": lambda f, x, _: func.jacrev(func.jacrev(f, ALL), ALL)(*x),
+    "jacrev of jacfwd": lambda f, x, _: func.jacrev(func.jacfwd(f, ALL), ALL)(*x),
+    "vmap": lambda f, _, xs: func.vmap(f)(*xs),
+    "vmap over one": lambda f, x, xs: func.vmap(f, (0, None, None))(xs[0], *x[1:]),
+    "vmap of grad": lambda f, _, xs: func.vmap(func.grad(f, ALL))(*xs),
+    "grad of vmap": lambda f, _, xs: func.grad(lambda *y: func.vmap(f)(*y).sum(), ALL)(*xs),
+    "vmap of hessian": lambda f, _, xs: func.vmap(func.hessian(f))(*xs),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_torch_func(name):
+    x = tuple(y.detach() for y in tensors(*SHAPES))
+    xs = tuple(torch.stack([y, y + 1, 2 * y]) for y in x)
+    ours, theirs = (TRANSFORMS[name](f, x, xs) for f in (loss, textbook))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_per_example_gradients_of_what_a_score_mod_captures():
+    x = [y.detach() for y in tensors(*SHAPES)]
+    slopes = torch.asarray([[0.3, -0.2], [1.0, 0.5]], dtype=torch.float64)
+
+    def of_slopes(slopes):
+        return call(*x, score_mod=score_mod(slopes))[0].sin().sum()
+
+    each = torch.stack([func.grad(of_slopes)(one) for one in slopes])
+    torch.testing.assert_close(func.vmap(func.grad(of_slopes))(slopes), each)
+    assert (each != 0).all()
+
+
+def test_forward_mode_of_autograd():
+    x = [y.detach() for y in tensors(*SHAPES)]
+    with torch.autograd.forward_ad.dual_level():
+        dual = [torch.autograd.forward_ad.make_dual(y, y.flip(0)) for y in x]
+        moved = torch.autograd.forward_ad.unpack_dual(loss(*dual)).tangent
+    expected = func.jvp(textbook, tuple(x), tuple(y.flip(0) for y in x))[1]
+    torch.testing.assert_close(moved, expected)
+
+
+def test_third_derivatives_are_refused():
+    x = tensors(*SHAPES)
+    first = torch.autograd.grad(loss(*x), x, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="third derivative"):
+        torch.autograd.grad(second[0].sum(), x)
+    with pytest.raises(NotImplementedError, match="forward mode of forward mode"):
+        func.jacfwd(func.jacfwd(loss))(*(y.detach() for y in x))
+
+
+def test_only_what_is_asked_for():
+    query, key, value = tensors(*SHAPES)
+    bias = torch.zeros(3, 5, dtype=torch.float64)
+    call(query, key.detach(), value.detach(), bias=bias)[0].sum().backward()
+    assert query.grad is not None
+    assert bias.grad is None
+    assert not call(*(x.detach() for x in (query, key, value)))[0].requires_grad
+    with torch.no_grad():
+        assert not call(query, key, value)[0].requires_grad
+
+
+def test_checkpoint_hooks_and_inference_mode():
+    x = tensors(*SHAPES)
+    expected = torch.autograd.grad(loss(*x), x)
+    again = torch.utils.checkpoint.checkpoint(loss, *x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again, x), expected, atol=0, rtol=0)
+    sizes = []
+
+    def pack(saved):
+        sizes.append(saved.numel())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        out, lse = call(*x)
+        out.register_hook(lambda gradient: 2 * gradient)
+    assert max(sizes) <= max(y.numel() for y in (*x, out, lse))  # no scores are kept
+    doubled = torch.autograd.grad(out.sum(), x)
+    once = torch.autograd.grad(call(*x)[0].sum(), x)
+    torch.testing.assert_close(doubled, tuple(2 * g for g in once))
+    with torch.inference_mode():
+        assert call(*x)[0].is_inference()
+
+
+def test_results_may_be_written_to():
+    for keywords in ({}, {"layout": "nhd"}):
+        query, key, value = tensors((3, 4, 4, 3), (3, 4, 4, 3), (3, 4, 4, 2))
+        out = attention(query, key, value, **keywords)
+        out.detach().clone().mul_(2)
+        lse = attention(query, key, value, return_lse=True, **keywords)[1]
+        with torch.no_grad():
+            attention(query, key, value, **keywords).mul_(2)
+            attention(query, key, value, return_lse=True, **keywords)[1].mul_(2)
+        assert not out._is_view()
+        assert not lse._is_view()
+
+
+def test_autocast():
+    """As PyTorch's own attention: a lower dtype for the tokens, gradients in the inputs' own."""
+    x = [y.detach().float().requires_grad_() for y in tensors(*SHAPES)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = attention(*x, return_lse=True)
+        assert attention(*(y.double() for y in x)).dtype == torch.float64
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(out, attention(*(y.bfloat16() for y in x)), atol=0, rtol=0)
+    out.float().sum().backward()
+    assert {y.grad.dtype for y in x} == {torch.float32}
+
+
+def test_compile():
+    """The compiler's graphs end at the call and go on after it; gradients flow through."""
+    x = tensors(*SHAPES)
+
+    def around(query, key, value):
+        return loss(query * 2, key, value) + value.sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Dynamo's, about caches
+        compiled = torch.compile(around, backend="aot_eager")
+        ours = torch.autograd.grad(compiled(*x), x)
+    torch.testing.assert_close(ours, torch.autograd.grad(around(*x), x))
+
+
+def test_vjp_and_jvp_by_name_are_differentiable():
+    """What `attention_vjp` and `attention_jvp` return is part of autograd's graph."""
+    x = tensors(*SHAPES)
+
+    def by_name(*x):
+        out, vjp = attention_vjp(*x, **CHUNKS)
+        return tuple(vjp(out.sin()).values())
+
+    def forward(*x):
+        return attention_jvp(x, x, **CHUNKS)[1]
+
+    assert torch.autograd.gradcheck(by_name, x, fast_mode=True)
+    assert torch.autograd.gradcheck(forward, x, fast_mode=True)
