@@ -115,8 +115,8 @@ class Modified:
         if broadcast([shape, tuple(s.shape)]) != tuple(s.shape):
             got = getattr(slope, "shape", type(slope).__name__)
             raise ValueError(
-                "score_mod: the derivative of a ScoreMod must return an array of a shape that broadcasts to "
-                f"{tuple(s.shape)}; got {got}"
+                "score_mod: the derivative of a ScoreMod must return an array of a shape that "
+                f"broadcasts to {tuple(s.shape)}; got {got}"
             )
         return self.xp.cast(slope, s.dtype)
 
