@@ -6,7 +6,8 @@ WORKERS ?= 2
 GPU_LIBRARIES ?= cupy,torch-cuda,jax-cuda
 # The conformance suite proper: what runs on any library, and needs few packages.
 GPU_TESTS := $(patsubst %,tests/test_%.py,attention values pieces masks callables sinks_dropout \
-	properties accuracy memory peers vjp gradient_accuracy)
+	properties accuracy memory peers vjp gradient_accuracy \
+	interop interop_jax)
 
 VENV := .venv
 RUN := $(VENV)/bin/python

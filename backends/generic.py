@@ -24,6 +24,7 @@ here written with the standard alone (2021.12 and later):
 ``fold``              a loop that carries a state
 ``each``              a loop whose steps write to places that do not overlap
 ``promoted``          query, key and value in the dtype that a surrounding mode asks for
+``random_seed``       an integer of the library's default generator, or None
 ``lift``              a function of the caller's, with the arrays it captures as an argument
 ``pushforward``       the tangent of a score_mod on a tile
 ``pullback``          the gradients of a score_mod on a tile
@@ -42,6 +43,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import array_api_compat
+
+from ._functions import Unlifted
 
 Array = Any
 State = Any
@@ -219,6 +222,13 @@ class Adapter:
         """Return query, key and value in the dtype that a surrounding mode asks for."""
         return tokens
 
+    def random_seed(self, like: Array) -> Array | None:
+        """Return an integer drawn from the default generator on the device of `like`.
+
+        None where the library has none whose state users set as they set PyTorch's.
+        """
+        return None
+
     def lift(
         self,
         function: Callable[..., Array],
@@ -231,7 +241,7 @@ class Adapter:
         are traced.  ``example(rows, cols)`` are the arguments for a tile; `sizes` those of the
         tiles to come.
         """
-        return _Unlifted(function), ()
+        return Unlifted(function), ()
 
     def pushforward(
         self, function: Any, primals: tuple[Array, ...], tangents: tuple[Array, ...]
@@ -278,28 +288,3 @@ class Adapter:
         """
         found: dict[str, Array] = operation(self, spec, data, inputs)
         return found
-
-
-class _Unlifted:
-    """A function that captures nothing, with an empty tuple as its first argument."""
-
-    def __init__(self, function: Callable[..., Array]) -> None:
-        self.function = function
-
-    def __call__(self, captured: tuple[Array, ...], *args: Array) -> Array:
-        return self.function(*args)
-
-
-def of_floating(
-    function: Callable[..., Any], primals: tuple[Array, ...], is_floating: Callable[[Array], bool]
-) -> tuple[Callable[..., Any], list[int]]:
-    """Return `function` of its floating arguments alone, and the numbers of these."""
-    floating = [i for i, x in enumerate(primals) if is_floating(x)]
-
-    def of_those(*xs: Array) -> Any:
-        args = list(primals)
-        for i, x in zip(floating, xs, strict=True):
-            args[i] = x
-        return function(*args)
-
-    return of_those, floating

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import generic, jax_primitive
+from ._functions import of_floating
 from .generic import Array, Index, State
 
 # Returns its argument; under vmap, whether it holds anywhere in the batch, as one unbatched bool: a
@@ -25,8 +26,12 @@ def _compiled(algorithm: Callable[..., Any], adapter: Adapter) -> Any:
 
 
 @functools.lru_cache
-def _operations(adapter: Adapter) -> Any:
-    return jax.jit(functools.partial(jax_primitive.apply, adapter), static_argnums=(0, 1))
+def _operations(function: Callable[..., Any], adapter: Adapter) -> Any:
+    return jax.jit(functools.partial(function, adapter), static_argnums=(0, 1))
+
+
+def _call(adapter: Adapter, operation: Any, *args: Any) -> Any:
+    return operation(adapter, *args)
 
 
 def _is_floating(x: Array) -> bool:
@@ -171,7 +176,7 @@ class Adapter(generic.Adapter):
         self, function: Any, primals: tuple[Array, ...], tangents: tuple[Array, ...]
     ) -> Any:
         """Differentiate by `jax.jvp`."""
-        function, floating = generic.of_floating(function, primals, _is_floating)
+        function, floating = of_floating(function, primals, _is_floating)
         chosen = (tuple(xs[i] for i in floating) for xs in (primals, tangents))
         return jax.jvp(function, *chosen)[1]
 
@@ -179,7 +184,7 @@ class Adapter(generic.Adapter):
         self, function: Any, primals: tuple[Array, ...], cotangent: Array
     ) -> tuple[Array | None, ...]:
         """Differentiate by `jax.vjp`."""
-        function, floating = generic.of_floating(function, primals, _is_floating)
+        function, floating = of_floating(function, primals, _is_floating)
         _, vjp = jax.vjp(function, *(primals[i] for i in floating))
         found = dict(zip(floating, vjp(cotangent), strict=True))
         return tuple(map(found.get, range(len(primals))))
@@ -187,14 +192,15 @@ class Adapter(generic.Adapter):
     def differentiable(
         self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
     ) -> dict[str, Array]:
-        """Call the operation as a compiled primitive.
+        """Call the operation compiled, where arrays are traced as a primitive with its rules.
 
         The compilation is kept for equal shapes and keywords, but not where functions of the
         caller take part: they may have changed by the next call, or hold arrays that should not
         outlive it.
         """
         own = spec.calls_back or operation.done is not None
-        compiled = (_operations.__wrapped__ if own else _operations)(self)
+        function = jax_primitive.apply if self.traced((data, inputs)) else _call
+        compiled = (_operations.__wrapped__ if own else _operations)(function, self)
         found: dict[str, Array] = compiled(operation, spec, data, inputs)
         if operation.done is not None:
             jax.block_until_ready(found)

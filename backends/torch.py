@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from . import generic
-from .generic import Array, of_floating
+from ._functions import of_floating
+from .generic import Array
 from .torch_autograd import Call, Lifted, Operation, Watch
 
 
@@ -88,6 +89,10 @@ class Adapter(generic.Adapter):
             name: x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
             for name, x in tokens.items()
         }
+
+    def random_seed(self, like: Array) -> Array:
+        """Draw from the generator that `torch.manual_seed` sets and dropout draws from."""
+        return torch.randint(2**63 - 1, (), device=like.device)
 
     def lift(
         self,

@@ -122,10 +122,20 @@ class Modified:
 
 
 class Examples:
-    """What the caller's functions are called with in a call, to find out what they capture."""
+    """What the caller's functions are called with in a call, to find out what they capture.
 
-    def __init__(self, xp: Any, shapes: Shapes, like: Array, data: dict[str, Any]) -> None:
-        self.xp, self.shapes, self.like, self.data = xp, shapes, like, data
+    `sizes` are those of the tiles, as (rows, cols).
+    """
+
+    def __init__(
+        self,
+        xp: Any,
+        shapes: Shapes,
+        like: Array,
+        data: dict[str, Any],
+        sizes: list[tuple[int, int]],
+    ) -> None:
+        self.xp, self.shapes, self.like, self.data, self.sizes = xp, shapes, like, data, sizes
 
     def place(self, rows: int, cols: int) -> tuple[Array, ...]:
         """Return batch entries, heads and positions of the first tile of this size."""
@@ -148,12 +158,12 @@ class Examples:
             index(cols, (*ones, 1, 1, cols)) + key,
         )
 
-    def lift_mask(self, mask: Predicate, sizes: list[tuple[int, int]]) -> LiftedPredicate:
+    def lift_mask(self, mask: Predicate) -> LiftedPredicate:
         """Return the mask with what its function captures as data."""
-        return LiftedPredicate(*self.xp.lift(mask.mask_mod, self.place, sizes))
+        return LiftedPredicate(*self.xp.lift(mask.mask_mod, self.place, self.sizes))
 
     def lift_score_mod(
-        self, score_mod: Callable[..., Array], sizes: list[tuple[int, int]], dtype: Any
+        self, score_mod: Callable[..., Array], dtype: Any
     ) -> tuple[Lifted, tuple[Array, ...]]:
         """Return the function and what it captures."""
 
@@ -161,6 +171,6 @@ class Examples:
             shape = (*self.shapes.batch, self.shapes.heads, rows, cols)
             return self.xp.new(self.like, shape, 0.0, dtype), *self.place(rows, cols)
 
-        function, captured = self.xp.lift(score_mod, scored, sizes)
+        function, captured = self.xp.lift(score_mod, scored, self.sizes)
         derivative = score_mod.derivative if isinstance(score_mod, ScoreMod) else None
         return Lifted(function, derivative), captured

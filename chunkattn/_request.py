@@ -117,15 +117,14 @@ def make_request(
         score_mod,
     )
     lifted = None
-    if 0 not in (*shapes.lead, shapes.n_q, shapes.n_k):  # otherwise no function is called
-        examples = Examples(xp, shapes, query, data)
+    calls_back = score_mod is not None or any(isinstance(m, Predicate) for m in masks)
+    if calls_back and 0 not in (*shapes.lead, shapes.n_q, shapes.n_k):  # no tile, no call
         whole = [(shapes.n_q, shapes.n_k)]
         tiles = whole if _standard(implementation) else size.tiles(xp, shapes)
-        masks = tuple(
-            examples.lift_mask(m, tiles) if isinstance(m, Predicate) else m for m in masks
-        )
+        examples = Examples(xp, shapes, query, data, tiles)
+        masks = tuple(examples.lift_mask(m) if isinstance(m, Predicate) else m for m in masks)
         if score_mod is not None:
-            lifted, captured = examples.lift_score_mod(score_mod, tiles, compute)
+            lifted, captured = examples.lift_score_mod(score_mod, compute)
             for i, x in enumerate(captured):
                 (inputs if is_float(xp, x) else data)[f"captured{i}"] = x
     spec = Spec(
