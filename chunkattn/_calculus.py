@@ -61,12 +61,23 @@ def results(outputs: Arrays) -> Arrays:
     return {"out": outputs.get("exact", outputs["out"]), "lse": outputs["lse"]}
 
 
-def _results_tangent(
-    apply: Apply, spec: Spec, data: dict[str, Any], inputs: Arrays, tangents: Arrays
-) -> Arrays:
-    """Return the tangents of ``(out, lse)`` in `data`, where the inputs of an operation move."""
-    moves = {name: x for name, x in tangents.items() if name in _primals(tangents)}
-    return apply(Tangent(), spec, data, _primals(inputs) | _as_tangents(moves))
+class Operation:
+    """What the operations on derivatives have in common."""
+
+    residuals: Names = ()
+    keeps_outputs = False
+    done = None
+
+    def with_residuals(self, spec: Spec) -> Operation:
+        """Return the operation to call where a rule may be called later."""
+        return self
+
+    def results_tangent(
+        self, apply: Apply, spec: Spec, data: dict[str, Any], inputs: Arrays, tangents: Arrays
+    ) -> Arrays:
+        """Return the tangents of ``(out, lse)`` in `data`, for a library's own forward mode."""
+        moves = {name: x for name, x in tangents.items() if name in _primals(tangents)}
+        return apply(Tangent(), spec, data, _primals(inputs) | _as_tangents(moves))
 
 
 @dataclass(frozen=True)
@@ -139,17 +150,11 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class Tangent:
+class Tangent(Operation):
     """The tangents of ``(out, lse)``, which are in `data`."""
 
     outputs = RESULTS
-    residuals = ()
-    keeps_outputs = False
-    done = tangent = None
-
-    def with_residuals(self, spec: Spec) -> Tangent:
-        """As that of `Forward`."""
-        return self
+    tangent = None
 
     def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
         """As those of `Forward`."""
@@ -158,12 +163,6 @@ class Tangent:
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
         return dict(zip(RESULTS, tangent(xp, spec, data | inputs), strict=True))
-
-    def results_tangent(
-        self, apply: Apply, spec: Spec, data: dict[str, Any], inputs: Arrays, tangents: Arrays
-    ) -> Arrays:
-        """Return the tangents of the results in `data`, for a library's own forward mode."""
-        return _results_tangent(apply, spec, data, inputs, tangents)
 
     def cotangent(
         self,
@@ -187,18 +186,10 @@ class Tangent:
 
 
 @dataclass(frozen=True)
-class Backward:
+class Backward(Operation):
     """The gradients of the `wanted` inputs, from those of ``(out, lse)``; these are in `data`."""
 
     wanted: Names
-
-    residuals = ()
-    keeps_outputs = False
-    done = None
-
-    def with_residuals(self, spec: Spec) -> Backward:
-        """As that of `Forward`."""
-        return self
 
     @property
     def outputs(self) -> Names:
@@ -248,18 +239,12 @@ class Backward:
 
 
 @dataclass(frozen=True)
-class Second:
+class Second(Operation):
     """The tangents of what `Backward` gives."""
 
     wanted: Names
 
-    residuals = ()
-    keeps_outputs = False
-    done = tangent = None
-
-    def with_residuals(self, spec: Spec) -> Second:
-        """As that of `Forward`."""
-        return self
+    tangent = None
 
     @property
     def outputs(self) -> Names:
@@ -274,12 +259,6 @@ class Second:
         """Compute."""
         found = second(xp, spec, data | inputs, self.wanted)
         return dict(zip(self.wanted, found, strict=True))
-
-    def results_tangent(
-        self, apply: Apply, spec: Spec, data: dict[str, Any], inputs: Arrays, tangents: Arrays
-    ) -> Arrays:
-        """As that of `Tangent`."""
-        return _results_tangent(apply, spec, data, inputs, tangents)
 
     def cotangent(
         self,
