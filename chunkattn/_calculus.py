@@ -57,8 +57,10 @@ def _primals(inputs: Arrays) -> Arrays:
 
 
 def results(outputs: Arrays) -> Arrays:
-    """Return ``(out, lse)`` of `Forward` as the data of the other operations."""
-    return {"out": outputs.get("exact", outputs["out"]), "lse": outputs["lse"]}
+    """Return what `Forward` gives as the data of the other operations: out, lse and low."""
+    return {"out": outputs.get("exact", outputs["out"])} | {
+        name: outputs[name] for name in ("lse", "low")
+    }
 
 
 class Operation:
@@ -85,7 +87,7 @@ class Forward:
     """``(out, lse)`` of the inputs."""
 
     done: Callable[[], None] | None = None  # called after each chunk of queries
-    exact: bool = False  # whether to return "exact" too: out in the compute dtype, for the rules
+    residuals: Names = ()  # the names of further results, that only the rules use
 
     keeps_outputs = True
 
@@ -94,17 +96,13 @@ class Forward:
         """The names of the results."""
         return RESULTS + self.residuals
 
-    @property
-    def residuals(self) -> Names:
-        """The names of the results that only the rules use: they do not move."""
-        return ("exact",) if self.exact else ()
-
     def with_residuals(self, spec: Spec) -> Forward:
         """Return the operation to call where a rule may be called later.
 
-        The derivatives subtract sums over `out` from each other, and would show its rounding.
+        The derivatives subtract what is nearly equal, and would show how `lse` is rounded ("low" is
+        what is missing), and `out` ("exact" is in the compute dtype).
         """
-        return replace(self, exact=spec.dtype != spec.compute)
+        return replace(self, residuals=("low", "exact")[: 1 + (spec.dtype != spec.compute)])
 
     def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
         """Return shape and dtype of each result."""
@@ -113,14 +111,14 @@ class Forward:
         if spec.layout == "nhd" and not spec.headless:
             out = (*spec.batch, spec.n_q, spec.heads, spec.d_v)
         lse = (*lead, spec.n_q)
-        found = {"out": (out, spec.dtype), "lse": (lse, spec.compute), "exact": (out, spec.compute)}
+        found = {"out": (out, spec.dtype), "lse": (lse, spec.compute)}
+        found |= {"low": (lse, spec.compute), "exact": (out, spec.compute)}
         return {name: found[name] for name in self.outputs}
 
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
         algorithm = standard if spec.standard else chunked
-        found = algorithm(xp, spec, data | inputs, exact=self.exact, done=self.done)
-        return dict(zip(self.outputs, found, strict=True))
+        return algorithm(xp, spec, data | inputs, self.outputs, self.done)
 
     def tangent(
         self,

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from ._loops import over_keys, over_queries
-from ._partial import Summary, finish
+from ._partial import Summary, finish, rounding
 from ._problem import Problem
 from ._scores import gather, scores
 from ._spec import Spec
@@ -25,30 +25,27 @@ def chunked(
     xp: Any,
     spec: Spec,
     arrays: dict[str, Any],
-    *,
-    exact: bool = False,
+    names: tuple[str, ...],
     done: Callable[[], None] | None = None,
-) -> tuple[Array, ...]:
-    """Return ``(out, lse)``, and `out` in the compute dtype too where it is to be `exact`.
+) -> dict[str, Array]:
+    """Return the results of these `names` (see `Problem.outputs`).
 
     `done` is called after each chunk of queries.
     """
     problem = Problem(xp, spec, arrays)
-    outputs: tuple[Array, ...] = problem.outputs()
-    if exact:
-        outputs += (problem.new_out(spec.compute),)
-    return problem.results(*over_queries(problem, _attend_queries, outputs, done))
+    return problem.results(over_queries(problem, _attend_queries, problem.outputs(names), done))
 
 
-def _attend_queries(rows: Rows, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+def _attend_queries(rows: Rows, outputs: dict[str, Array]) -> dict[str, Array]:
     """Write the results of one chunk of queries into `outputs`."""
     xp = rows.xp
     step = partial(_attend_chunk, rows.workspace())
-    out, lse = finish(xp, over_keys(rows, step, rows.nothing()))
-    return tuple(
-        xp.write(x, xp.cast(y, x.dtype), rows.heads, rows.start)
-        for x, y in zip(outputs, (out, lse, out), strict=False)
-    )
+    summary = over_keys(rows, step, rows.nothing())
+    out, lse = finish(xp, summary)
+    results = {"out": out, "lse": lse, "exact": out}
+    if "low" in outputs:
+        results["low"] = rounding(xp, summary, lse)
+    return rows.written(outputs, results)
 
 
 def _attend_chunk(workspace: Array | None, tile: Tile, summary: Summary) -> Summary:

@@ -33,8 +33,8 @@ Names = tuple[str, ...]
 STATIC = ("masks", "query_offset", "key_offset", "dropout_seed")
 
 
-class Results:
-    """``(out, lse)`` of a call, or something of their shape, for chunk after chunk of queries."""
+class Pairs:
+    """Something of the shapes of ``(out, lse)``, for chunk after chunk of queries."""
 
     def __init__(self, problem: Problem, out: Array, lse: Array) -> None:
         self.out, self.lse = to_heads(problem.xp, problem.spec, out, lse)
@@ -42,6 +42,25 @@ class Results:
     def of(self, rows: Rows) -> tuple[Array, Array]:
         """Return the part of `rows`: (…, h, size, d_v) and (…, h, size, 1)."""
         return rows.read(self.out), rows.read(self.lse)
+
+
+class Results:
+    """What the forward pass gave, for chunk after chunk of queries."""
+
+    def __init__(self, problem: Problem, arrays: dict[str, Any]) -> None:
+        self.pairs = Pairs(problem, arrays["out"], arrays["lse"])
+        self.low = Pairs(problem, arrays["out"], arrays["low"]).lse
+
+    def of(self, rows: Rows) -> tuple[Array, Array, Array]:
+        """Return `out`, `lse` and a factor for these queries: (…, h, size, d_v or 1).
+
+        `lse` is 0 where a query sees nothing, so that ``exp(-inf - lse)`` is 0.  All weights
+        ``exp(s - lse)`` of a query are too large by one factor, by the rounding of `lse`; the
+        derivatives are linear in them, and are multiplied by this factor in another place.
+        """
+        xp, (out, lse) = rows.xp, self.pairs.of(rows)
+        lse = xp.where(lse == -float("inf"), xp.zeros_like(lse), lse)
+        return out, lse, xp.exp(-rows.read(self.low))
 
 
 class Moved:
@@ -67,11 +86,6 @@ class Moved:
         return moved
 
 
-def finite(xp: Any, lse: Array) -> Array:
-    """Return `lse` with 0 where a query sees nothing, so that ``exp(-inf - lse)`` is 0."""
-    return xp.where(lse == -float("inf"), xp.zeros_like(lse), lse)
-
-
 def of_sinks(rows: Rows, x: Array, dtype: Any) -> Array:
     """Return one number for each head as (h, 1, 1)."""
     return rows.xp.cast(x[rows.heads[-1]], dtype)[:, None, None]
@@ -87,22 +101,22 @@ def tangent(xp: Any, spec: Spec, arrays: dict[str, Any]) -> tuple[Array, Array]:
     """Return the tangents of ``(out, lse)``."""
     problem = Problem(xp, spec, arrays)
     moved = Moved(problem, arrays)
-    results = Results(problem, arrays["out"], arrays["lse"])
+    results = Results(problem, arrays)
 
-    def queries(rows: Rows, outputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        out, lse = results.of(rows)
-        found = _tangent_of_rows(rows, moved, out, finite(xp, lse))
-        return tuple(
-            xp.write(x, xp.cast(y, x.dtype), rows.heads, rows.start)
-            for x, y in zip(outputs, found, strict=True)
-        )
+    def queries(rows: Rows, outputs: dict[str, Array]) -> dict[str, Array]:
+        found = _tangent_of_rows(rows, moved, results.of(rows))
+        return rows.written(outputs, dict(zip(("out", "lse"), found, strict=True)))
 
-    return problem.results(*over_queries(problem, queries, problem.outputs()))
+    outputs = problem.results(over_queries(problem, queries, problem.outputs()))
+    return outputs["out"], outputs["lse"]
 
 
-def _tangent_of_rows(rows: Rows, moved: Moved, out: Array, lse: Array) -> tuple[Array, Array]:
+def _tangent_of_rows(
+    rows: Rows, moved: Moved, results: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
     """Return the tangents of the results of one chunk of queries, summed over the keys."""
     xp, workspace, moved_rows = rows.xp, rows.workspace(), moved.rows(rows)
+    out, lse, factor = results
     acc, mean = xp.zeros_like(out), xp.zeros_like(lse)
     if moved.problem.sinks is not None:
         sinks = of_sinks(rows, moved.problem.sinks, lse.dtype)
@@ -119,7 +133,8 @@ def _tangent_of_rows(rows: Rows, moved: Moved, out: Array, lse: Array) -> tuple[
         return acc, mean
 
     acc, mean = over_keys(rows, step, (acc, mean))
-    return acc - mean * out, mean
+    mean = mean * factor
+    return acc * factor - mean * out, mean
 
 
 class Cotangents:
@@ -135,24 +150,23 @@ class Cotangents:
         `lse`, and NaN where ōut is not finite, so that the weights carry it on.
     """
 
-    def __init__(self, rows: Rows, results: Results, cotangents: Results) -> None:
+    def __init__(self, rows: Rows, results: Results, cotangents: Pairs) -> None:
         xp = rows.xp
-        (out, lse), (d_out, d_lse) = results.of(rows), cotangents.of(rows)
-        d_out = rows.once(d_out)
+        out, lse, factor = results.of(rows)
+        d_out, d_lse = (rows.once(x * factor) for x in cotangents.of(rows))
         self.out = rows.grouped(d_out)
         nothing = out == 0  # also where a query sees no key
         product = xp.where(nothing, xp.zeros_like(out), d_out * out)
         self.delta = rows.once(xp.sum(product, axis=-1, keepdims=True, dtype=out.dtype) - d_lse)
         well = xp.all(xp.isfinite(d_out) | nothing, axis=-1, keepdims=True)
-        lse = finite(xp, lse)
         self.lse = xp.where(well, lse, xp.new(lse, (), float("nan"), lse.dtype))
 
 
 def backward(xp: Any, spec: Spec, arrays: dict[str, Any], wanted: Names) -> tuple[Array, ...]:
     """Return the gradients of the arrays that are `wanted`, in their own shapes and dtypes."""
     problem = Problem(xp, spec, arrays)
-    results = Results(problem, arrays["out"], arrays["lse"])
-    cotangents = Results(problem, arrays["d_out"], arrays["d_lse"])
+    results = Results(problem, arrays)
+    cotangents = Pairs(problem, arrays["d_out"], arrays["d_lse"])
 
     def queries(rows: Rows, sums: Sums) -> Sums:
         return _backward_of_rows(rows, Cotangents(rows, results, cotangents), sums)
@@ -193,11 +207,11 @@ def second(xp: Any, spec: Spec, arrays: dict[str, Any], wanted: Names) -> tuple[
     """Return the tangents of the gradients that `backward` gives."""
     problem = Problem(xp, spec, arrays)
     moved = Moved(problem, arrays)
-    results = Results(problem, arrays["out"], arrays["lse"])
-    cotangents = Results(problem, arrays["d_out"], arrays["d_lse"])
+    results = Results(problem, arrays)
+    cotangents = Pairs(problem, arrays["d_out"], arrays["d_lse"])
     given = [arrays.get(name + TANGENT) for name in ("d_out", "d_lse")]
     still = (xp.zeros_like(arrays[name]) for name in ("d_out", "d_lse"))
-    moved_cotangents = Results(
+    moved_cotangents = Pairs(
         problem, *(zero if x is None else x for x, zero in zip(given, still, strict=True))
     )
 
@@ -212,15 +226,15 @@ def _second_of_rows(
     rows: Rows,
     moved: Moved,
     bar: Cotangents,
-    results: tuple[Array, Array],
+    results: tuple[Array, Array, Array],
     moved_bar: tuple[Array, Array],
     sums: Sums,
 ) -> Sums:
     """Return `sums` with the tangents of the gradients that one chunk of queries brings."""
     xp, moved_rows = rows.xp, moved.rows(rows)
-    d_out, d_lse = map(rows.once, moved_bar)
-    out, lse = results[0], finite(xp, results[1])
-    out_tangent, lse_tangent = _tangent_of_rows(rows, moved, out, lse)
+    out, _, factor = results
+    d_out, d_lse = (rows.once(x * factor) for x in moved_bar)
+    out_tangent, lse_tangent = _tangent_of_rows(rows, moved, results)
     known = rows.ungrouped(bar.out)
     delta = xp.sum(d_out * out + known * out_tangent, axis=-1, keepdims=True, dtype=out.dtype)
     delta = rows.once(delta - d_lse)
@@ -270,7 +284,7 @@ def _second_of_rows(
         weights = sink_weights(rows, bar.lse)
         change = -lse_tangent
         if moved.problem.sinks is not None:
-            change = change + of_sinks(rows, moved.problem.sinks, lse.dtype)
+            change = change + of_sinks(rows, moved.problem.sinks, out.dtype)
         change = weights * change
         sums = add_rows(rows, sums, "sinks", -change * bar.delta - weights * delta)
     return sums

@@ -61,6 +61,15 @@ def log_sum(xp: Any, total: Array, top: Array) -> Array:
     return xp.where(total == 0, nothing, top + xp.log(nonzero(xp, total)))
 
 
+def rounding(xp: Any, summary: Summary, lse: Array) -> Array:
+    """Return what `lse`, the rounded sum of ``log(total)`` and ``top``, lacks (Knuth's two-sum)."""
+    _, total, top = summary
+    log = xp.log(nonzero(xp, total))
+    part = lse - top
+    low = (top - (lse - part)) + (log - part)
+    return xp.where(xp.isfinite(lse), low, xp.zeros_like(low))
+
+
 def unfinish(xp: Any, out: Array, lse: Array) -> Summary:
     """Return a summary whose `finish` is ``(out, lse)``, in the dtype of `lse`."""
     nothing = lse == -float("inf")

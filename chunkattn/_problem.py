@@ -69,14 +69,23 @@ class Problem:
             x = swap_layout(self.xp, x)
         return self.aligned(x)
 
-    def outputs(self) -> tuple[Array, Array]:
-        """Return new arrays for ``(out, lse)``."""
+    def outputs(self, names: tuple[str, ...] = ("out", "lse")) -> dict[str, Array]:
+        """Return new arrays for results by name.
+
+        "out" and "lse"; "low", what `lse` lacks by its rounding; "exact", `out` in the compute
+        dtype.
+        """
         spec = self.spec
         shape = (*spec.batch, spec.heads, spec.n_q, 1)
-        lse = self.xp.new(self.query, shape, -float("inf"), spec.compute)
-        return self.new_out(spec.dtype), lse
+        new = {
+            "out": lambda: self._new_out(spec.dtype),
+            "lse": lambda: self.xp.new(self.query, shape, -float("inf"), spec.compute),
+            "low": lambda: self.xp.new(self.query, shape, 0.0, spec.compute),
+            "exact": lambda: self._new_out(spec.compute),
+        }
+        return {name: new[name]() for name in names}
 
-    def new_out(self, dtype: Any) -> Array:
+    def _new_out(self, dtype: Any) -> Array:
         """Return a new array for `out`, which lies in memory as the caller's layout has it."""
         spec = self.spec
         if spec.layout == "hnd":
@@ -115,7 +124,10 @@ class Problem:
             n == 1 and m > 1 for n, m in zip(shape, lead, strict=True)
         )
 
-    def results(self, out: Array, lse: Array, *exact: Array) -> tuple[Array, ...]:
-        """Return ``(out, lse)`` with the caller's axes, and further arrays like `out`."""
-        more = (to_caller(self.xp, self.spec, x, lse)[0] for x in exact)
-        return (*to_caller(self.xp, self.spec, out, lse), *more)
+    def results(self, outputs: dict[str, Array]) -> dict[str, Array]:
+        """Return results by name with the caller's axes."""
+        out, lse = outputs["out"], outputs["lse"]
+        pairs = {"out": (out, lse), "lse": (out, lse)}
+        pairs |= {"exact": (outputs.get("exact"), lse), "low": (out, outputs.get("low"))}
+        place = {"out": 0, "exact": 0, "lse": 1, "low": 1}
+        return {name: to_caller(self.xp, self.spec, *pairs[name])[place[name]] for name in outputs}

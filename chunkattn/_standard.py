@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ._chunked import chunked
-from ._partial import log_sum, nonzero
+from ._partial import log_sum, nonzero, rounding
 from ._problem import Problem
 from ._scores import gather, scores
 from ._spec import Spec
@@ -19,13 +19,12 @@ def standard(
     xp: Any,
     spec: Spec,
     arrays: dict[str, Any],
-    *,
-    exact: bool = False,
+    names: tuple[str, ...],
     done: Callable[[], None] | None = None,
-) -> tuple[Array, ...]:
+) -> dict[str, Array]:
     """Return what `chunked` does by way of all ``n_q × n_k`` scores at once."""
     if 0 in (*spec.lead, spec.n_q, spec.n_k):
-        return chunked(xp, spec, arrays, exact=exact, done=done)
+        return chunked(xp, spec, arrays, names, done)
     problem = Problem(xp, spec, arrays)
     rows = Rows(problem, (slice(None),) * len(spec.lead), 0, spec.n_q)
     tile = Tile(rows, 0, spec.n_k, masked=bool(problem.masks))
@@ -38,5 +37,8 @@ def standard(
     out = gather(tile, weights / nonzero(xp, total), tile.value)
     if done is not None:
         done()
-    wide = (out,) if exact else ()
-    return problem.results(xp.cast(out, spec.dtype), log_sum(xp, total, top), *wide)
+    lse = log_sum(xp, total, top)
+    found = {"out": xp.cast(out, spec.dtype), "lse": lse, "exact": out}
+    if "low" in names:
+        found["low"] = rounding(xp, (out, total, top), lse)
+    return problem.results({name: found[name] for name in names})

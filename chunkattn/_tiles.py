@@ -74,6 +74,14 @@ class Rows:
         x = self.xp.read(self.of_block(x, self.heads), -2, self.start, self.size)
         return self.xp.cast(x, self.problem.spec.compute)
 
+    def written(self, outputs: dict[str, Array], results: dict[str, Array]) -> dict[str, Array]:
+        """Return `outputs` with the `results` of these queries in them, cast to their dtypes."""
+        xp = self.xp
+        return {
+            name: xp.write(x, xp.cast(results[name], x.dtype), self.heads, self.start)
+            for name, x in outputs.items()
+        }
+
     def once(self, x: Array) -> Array:
         """Return `x` (…, size, width) with 0 for the queries that an earlier chunk has had."""
         if isinstance(self.repeated, int) and self.repeated == 0:
