@@ -1,4 +1,4 @@
-"""The command line: `info`, `demo` and `vendor`."""
+"""The command line: `info`, `demo` and `vendor`, and what all subcommands share."""
 
 import os
 import re

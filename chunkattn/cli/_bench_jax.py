@@ -1,0 +1,169 @@
+"""JAX in the benchmark: everything compiled before it is timed, and waited for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from typing import Any
+
+from .. import attention
+from ._bench_case import Case
+from ._bench_library import (
+    Candidate,
+    Gemm,
+    Library,
+    Way,
+    causal_chunks,
+    check_memory_efficient,
+    memory_efficient,
+    textbook,
+)
+
+Array = Any
+
+
+class Jax(Library):
+    """JAX on the CPU; its compiler plans all memory ahead, and tells."""
+
+    platform = "cpu"
+    implementations: tuple[str, ...] = ("xla",)
+
+    def __init__(self) -> None:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others use the GPU too
+        import jax
+
+        self.jax: Any = jax
+        try:
+            self.place = jax.devices(self.platform)[0]
+        except RuntimeError as error:
+            raise ImportError(f"JAX has no device: {error}") from error
+
+    def active(self, dtype: str) -> AbstractContextManager[Any]:
+        """Return JAX with float64, or for float32 without TF32: chunkattn's own precision."""
+        stack = ExitStack()
+        if dtype == "float64":
+            stack.enter_context(self.jax.enable_x64(True))
+        if dtype == "float32":
+            stack.enter_context(self.jax.default_matmul_precision("highest"))
+        return stack
+
+    def candidates(self, case: Case, implementations: tuple[str, ...]) -> Iterator[Candidate]:
+        """Yield chunkattn, textbook attention, jax.nn in its implementations, and others."""
+        arrays = self.arrays(case)
+        for name in implementations:
+            ours = partial(attention, causal=case.causal, implementation=name)
+            yield Candidate(name, partial(self._way, case, arrays, ours), ours=True)
+        count = 5 if case.backward else 3
+        yield Candidate("textbook", partial(self._textbook, case, arrays), score_arrays=count)
+        for name in self.implementations:
+            make = partial(self._nn, case, arrays, name)
+            yield Candidate(f"jax.nn {name}", make, score_arrays=count if name == "xla" else 0)
+        if package := memory_efficient():
+            function = package.efficient_dot_product_attention_jax
+            make = partial(self._memory_efficient, case, arrays, function)
+            yield Candidate("memory-efficient", make)
+
+    def gemm(self, dtype: str) -> Gemm:
+        """Return NumPy's product: one limit for all libraries on the CPU."""
+        from ._bench_numpy import NumPy
+
+        return NumPy().gemm(dtype)
+
+    def arrays(self, case: Case) -> dict[str, Array]:
+        """Return the case's data in its dtype."""
+        return {
+            name: self.jax.device_put(self.jax.numpy.asarray(x, case.dtype), self.place)
+            for name, x in case.numbers().items()
+        }
+
+    def _way(
+        self,
+        case: Case,
+        arrays: dict[str, Array],
+        attend: Callable[..., Array],
+        nhd: bool = False,
+    ) -> Way:
+        jnp = self.jax.numpy
+        given = [self.jax.block_until_ready(_turned(x) if nhd else x) for x in arrays.values()]
+
+        def loss(query: Array, key: Array, value: Array, d_out: Array) -> Array:
+            return jnp.sum(attend(query, key, value) * d_out, dtype=jnp.float32)
+
+        if case.backward:
+            function = self.jax.value_and_grad(loss, argnums=(0, 1, 2))
+        else:
+            function, given = attend, given[:3]
+        compiled = self.jax.jit(function).lower(*given).compile()
+
+        def fetch(result: Any) -> list[Array]:
+            import numpy as np
+
+            wide = "float64" if case.dtype == "float64" else "float32"
+            found = result[1] if case.backward else [result]
+            return [np.asarray((_turned(x) if nhd else x).astype(wide)) for x in found]
+
+        return Way(
+            lambda: self.jax.block_until_ready(compiled(*given)),
+            fetch,
+            lambda: _planned_bytes(compiled),
+        )
+
+    def _visible(self, case: Case) -> Array | None:
+        return self.jax.numpy.tri(case.n_q, case.n_k, dtype=bool) if case.causal else None
+
+    def _textbook(self, case: Case, arrays: dict[str, Array]) -> Way:
+        attend = textbook(self.jax.numpy, self.jax.nn.softmax, case)
+        return self._way(case, arrays, lambda q, k, v: attend(q, k, v, self._visible(case)))
+
+    def _nn(self, case: Case, arrays: dict[str, Array], implementation: str) -> Way:
+        attend = partial(
+            self.jax.nn.dot_product_attention,
+            is_causal=case.causal,
+            implementation=implementation,
+        )
+        return self._way(case, arrays, attend, nhd=True)
+
+    def _memory_efficient(
+        self, case: Case, arrays: dict[str, Array], function: Callable[..., Array]
+    ) -> Way:
+        check_memory_efficient(case)
+        if case.causal:
+            function = partial(function, mask_calc_fn=causal_chunks(self.jax.numpy.arange))
+        return self._way(case, arrays, function, nhd=True)
+
+
+class JaxCuda(Jax):
+    """JAX on its first GPU."""
+
+    platform = "gpu"
+    implementations = ("xla", "cudnn")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = f"cuda ({self.place.device_kind})"
+
+    def gemm(self, dtype: str) -> Gemm:
+        """Return a product in the dtype of a size that fills the device."""
+        n = 8192
+        a, b = (self.jax.device_put(self.jax.numpy.ones((n, n), dtype), self.place) for _ in "ab")
+        product = self.jax.jit(self.jax.numpy.matmul)
+        return Gemm(lambda: product(a, b).block_until_ready(), 2.0 * n**3)
+
+    def free_memory(self) -> int | None:
+        """Return what the allocator may still take."""
+        stats = self.place.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        return None if limit is None else limit - stats.get("bytes_in_use", 0)
+
+
+def _turned(x: Array) -> Array:
+    """Exchange the axes of heads and positions."""
+    return x.swapaxes(1, 2)
+
+
+def _planned_bytes(compiled: Any) -> int | None:
+    """Return what the compiled program holds beyond its arguments and results."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
