@@ -152,7 +152,7 @@ class Adapter(generic.Adapter):
         def reported(state: State, i: Index) -> State:
             state = step(state, i)
             if done is not None:
-                jax.debug.callback(lambda _: done(), state[-1].ravel()[0])
+                jax.debug.callback(lambda _: done(), jax.tree.leaves(state)[0].ravel()[0])
             return state
 
         return self.fold(reported, state, 0, count)

@@ -64,10 +64,11 @@ def log_sum(xp: Any, total: Array, top: Array) -> Array:
 def rounding(xp: Any, summary: Summary, lse: Array) -> Array:
     """Return what `lse`, the rounded sum of ``log(total)`` and ``top``, lacks (Knuth's two-sum)."""
     _, total, top = summary
-    log = xp.log(nonzero(xp, total))
+    log, finite = xp.log(nonzero(xp, total)), xp.isfinite(lse)
+    lse = xp.where(finite, lse, xp.zeros_like(lse))
     part = lse - top
     low = (top - (lse - part)) + (log - part)
-    return xp.where(xp.isfinite(lse), low, xp.zeros_like(low))
+    return xp.where(finite, low, xp.zeros_like(low))
 
 
 def unfinish(xp: Any, out: Array, lse: Array) -> Summary:
