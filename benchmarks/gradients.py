@@ -101,7 +101,7 @@ def of_memory(arguments):
     yield "\n## Growth of the tiles' memory with n\n"
     yield (
         "As above, in MiB; the last column says by how many arrays as large as the query (n × 64) "
-        "it grows.\n"
+        "it grows.  The resident set of PyTorch's process differs by several MiB from run to run.\n"
     )
     yield f"| library | derivative | {' | '.join(f'{n:,}' for n in lengths)} | arrays |"
     yield f"|---|---|{'--:|' * len(lengths)}--:|"
