@@ -154,6 +154,6 @@ class Adapter(generic.Adapter):
     ) -> dict[str, Array]:
         if any(map(_is_watched, inputs.values())):
             operation = operation.with_residuals(spec)
-        call = Call(self, operation, spec, data, inputs)
-        found = Operation.apply(call, *call.tensors)
+        call = Call(self, operation, spec, data, tuple(inputs))
+        found = Operation.apply(call, *Call.tensors(data, inputs))
         return dict(zip(operation.outputs, found, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,22 +14,30 @@ from .generic import Array
 
 
 class Call:
-    """One call of an operation, without its tensors; these travel beside it in one tuple."""
+    """One call of an operation, without its tensors; these travel beside it in one tuple.
+
+    A context that kept them would defeat checkpointing and the hooks on saved tensors.
+    """
 
     def __init__(
-        self, adapter: Any, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Any]
+        self, adapter: Any, operation: Any, spec: Any, data: dict[str, Any], names: tuple[str, ...]
     ) -> None:
-        self.adapter, self.operation, self.spec = adapter, operation, spec
-        self.names = tuple(inputs)
-        held = [x.detach() if x.is_floating_point() else x for x in _tensors(data)]
-        self.tensors = (*inputs.values(), *held)
-        self.data = _rebuilt(data, iter(range(len(held))))  # numbers in place of tensors
+        self.adapter, self.operation, self.spec, self.names = adapter, operation, spec, names
+        numbers = count()
+        self.data = _rebuilt(data, numbers)  # numbers in place of tensors
+        self.size = len(names) + next(numbers)
+
+    @staticmethod
+    def tensors(data: dict[str, Any], inputs: dict[str, Array]) -> tuple[Array, ...]:
+        """Return the tensors of a call; no derivative is asked of those in `data`."""
+        held = (x.detach() if x.is_floating_point() else x for x in _tensors(data))
+        return (*inputs.values(), *held)
 
     def arrays(self, tensors: tuple[Array, ...]) -> tuple[dict[str, Any], dict[str, Array]]:
         """Return ``(data, inputs)`` with these tensors in them."""
-        count = len(self.names)
-        inputs = dict(zip(self.names, tensors[:count], strict=True))
-        return _filled(self.data, tensors[count:]), inputs
+        first = len(self.names)
+        inputs = dict(zip(self.names, tensors[:first], strict=True))
+        return _filled(self.data, tensors[first:]), inputs
 
     def run(self, tensors: tuple[Array, ...]) -> tuple[Array, ...]:
         """Return the operation's results, in the order of ``operation.outputs``."""
@@ -145,9 +154,8 @@ class Operation(torch.autograd.Function):  # type: ignore[misc]
 def _saved(ctx: Any) -> tuple[dict[str, Any], dict[str, Array], dict[str, Array]]:
     """Return the data, inputs and outputs that a context keeps."""
     call, saved = ctx.call, ctx.saved_tensors
-    count = len(call.tensors)
-    outputs = dict(zip(call.operation.outputs, saved[count:], strict=False))
-    return (*call.arrays(saved[:count]), outputs)
+    outputs = dict(zip(call.operation.outputs, saved[call.size :], strict=False))
+    return (*call.arrays(saved[: call.size]), outputs)
 
 
 class Watch(TorchFunctionMode):  # type: ignore[misc]

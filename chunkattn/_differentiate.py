@@ -9,6 +9,7 @@ from typing import Any
 from ._adapters import common_adapter, is_array
 from ._attention import attention, run
 from ._calculus import Backward, Forward, Tangent, results
+from ._callables import ScoreMod
 from ._problem import TANGENT, TOKENS
 from ._request import Request, make_request
 from ._shapes import is_float
@@ -167,7 +168,7 @@ def _request(
     progress, return_lse = given.pop("progress"), given.pop("return_lse")
     request = make_request(**given)
     score_mod = given["score_mod"]
-    if score_mod is not None and not request.xp.autodiff and not hasattr(score_mod, "derivative"):
+    if score_mod is not None and not request.xp.autodiff and not isinstance(score_mod, ScoreMod):
         raise TypeError(
             f"score_mod must be a ScoreMod(function, derivative) for derivatives of "
             f"{request.xp.name} arrays, whose library cannot differentiate a function; got "

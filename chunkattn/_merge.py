@@ -9,7 +9,7 @@ from typing import Any
 from ._adapters import common_adapter, is_array
 from ._checks import choice
 from ._partial import combine, finish, unfinish
-from ._problem import to_caller, to_heads
+from ._problem import lse_to_caller, out_to_caller, to_heads
 from ._request import LAYOUTS
 
 Array = Any
@@ -111,4 +111,4 @@ def _merge(xp: Any, form: Form, arrays: dict[str, Any]) -> tuple[Array, ...]:
 def finished(xp: Any, form: Form, summary: tuple[Array, ...]) -> tuple[Array, ...]:
     """Return a summary's ``(out, lse)`` in the caller's axes and dtype."""
     out, lse = finish(xp, summary)
-    return to_caller(xp, form, xp.cast(out, form.dtype), lse)
+    return out_to_caller(xp, form, xp.cast(out, form.dtype)), lse_to_caller(form, lse)

@@ -27,11 +27,16 @@ def to_heads(xp: Any, form: Any, out: Array, lse: Array) -> tuple[Array, Array]:
     return (swap_layout(xp, out) if form.layout == "nhd" else out), lse[..., None]
 
 
-def to_caller(xp: Any, form: Any, out: Array, lse: Array) -> tuple[Array, Array]:
-    """Undo `to_heads`, for a `form` with the attributes ``headless`` and ``layout``."""
+def out_to_caller(xp: Any, form: Any, out: Array) -> Array:
+    """Undo `to_heads` for `out`; a `form` has the attributes ``headless`` and ``layout``."""
     if form.headless:
-        return out[0, ...], lse[0, ..., 0]
-    return (swap_layout(xp, out) if form.layout == "nhd" else out), lse[..., 0]
+        return out[0, ...]
+    return swap_layout(xp, out) if form.layout == "nhd" else out
+
+
+def lse_to_caller(form: Any, lse: Array) -> Array:
+    """Undo `to_heads` for `lse`."""
+    return lse[0, ..., 0] if form.headless else lse[..., 0]
 
 
 class Problem:
@@ -126,8 +131,9 @@ class Problem:
 
     def results(self, outputs: dict[str, Array]) -> dict[str, Array]:
         """Return results by name with the caller's axes."""
-        out, lse = outputs["out"], outputs["lse"]
-        pairs = {"out": (out, lse), "lse": (out, lse)}
-        pairs |= {"exact": (outputs.get("exact"), lse), "low": (out, outputs.get("low"))}
-        place = {"out": 0, "exact": 0, "lse": 1, "low": 1}
-        return {name: to_caller(self.xp, self.spec, *pairs[name])[place[name]] for name in outputs}
+        return {
+            name: lse_to_caller(self.spec, x)
+            if name in ("lse", "low")
+            else out_to_caller(self.xp, self.spec, x)
+            for name, x in outputs.items()
+        }

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from autodiff import CHUNKS, SHAPES, call, merged, score_mod, streamed
 from jax.test_util import check_grads
 
-from chunkattn import OnlineAttention, attention, attention_jvp, attention_vjp, masks, merge
+from chunkattn import attention_jvp, attention_vjp, masks
 
-SHAPES = [(1, 2, 3, 2), (1, 1, 6, 2), (1, 1, 6, 1)]
-CHUNKS = {"query_chunk_size": 2, "key_chunk_size": 4}  # of 3 and 6: neither divides
 ALL = (0, 1, 2)
 
 
@@ -28,31 +27,6 @@ def _float64():
 def arrays(*shapes, seed=0):
     rng = np.random.default_rng(seed)
     return tuple(jnp.asarray(rng.standard_normal(shape)) for shape in shapes)
-
-
-def seen(out, lse):
-    """Leave out the lse of queries that see nothing: finite differences of -inf are NaN."""
-    return out, jnp.where(jnp.isinf(lse), 0.0, lse)
-
-
-def call(*tokens, **keywords):
-    return seen(*attention(*tokens, **CHUNKS | keywords, return_lse=True))
-
-
-def score_mod(slopes):
-    return lambda s, b, h, q, k: 0.3 * s * s + slopes[h] * (q - k) * s
-
-
-def streamed(query, key, value):
-    online = OnlineAttention(query, causal=True, query_offset=1, **CHUNKS)
-    for cut in (slice(0, 3), slice(3, 6)):
-        online.update(key[..., cut, :], value[..., cut, :])
-    return online.result(return_lse=True)
-
-
-def merged(query, key, value):
-    cuts = (slice(0, 3), slice(3, 6))
-    return merge(*(call(query, key[..., c, :], value[..., c, :]) for c in cuts))
 
 
 # By name: the function, and the shapes of what it takes after query, key and value.

@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from autodiff import CHUNKS, SHAPES, call, merged, score_mod, streamed
 from torch import func
 
-from chunkattn import OnlineAttention, attention, attention_jvp, attention_vjp, masks, merge
+from chunkattn import attention, attention_jvp, attention_vjp, masks
 
 # PyTorch itself uses what it deprecates, on the first use of forward mode.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-
-SHAPES = [(1, 2, 3, 2), (1, 1, 5, 2), (1, 1, 5, 1)]
-CHUNKS = {"query_chunk_size": 2, "key_chunk_size": 3}
 
 
 def tensors(*shapes, seed=0):
     rng = np.random.default_rng(seed)
     return [torch.asarray(rng.standard_normal(shape)).requires_grad_() for shape in shapes]
-
-
-def seen(out, lse):
-    """Leave out the lse of queries that see nothing: finite differences of -inf are NaN."""
-    return out, torch.where(torch.isinf(lse), 0.0, lse)
-
-
-def call(*tokens, **keywords):
-    return seen(*attention(*tokens, **CHUNKS | keywords, return_lse=True))
-
-
-def score_mod(slopes):
-    return lambda s, b, h, q, k: 0.3 * s * s + slopes[h] * (q - k) * s
-
-
-def streamed(query, key, value):
-    online = OnlineAttention(query, causal=True, query_offset=1, **CHUNKS)
-    for cut in (slice(0, 3), slice(3, 5)):
-        online.update(key[..., cut, :], value[..., cut, :])
-    return online.result(return_lse=True)
-
-
-def merged(query, key, value):
-    cuts = (slice(0, 3), slice(3, 5))
-    return merge(*(call(query, key[..., c, :], value[..., c, :]) for c in cuts))
 
 
 # By name: the function, and the shapes of what it takes after query, key and value.
@@ -55,7 +30,7 @@ CASES = {
     "causal, softcap": (lambda *x: call(*x, causal=True, query_offset=1, softcap=1.5), []),
     "blind queries": (lambda *x: call(*x, causal=True, query_offset=-2), []),
     "window": (lambda *x: call(*x, mask=masks.Window(2, 1), query_offset=0), []),
-    "bias, sinks": (lambda *x: call(*x[:3], bias=x[3], sinks=x[4]), [(2, 1, 5), (2,)]),
+    "bias, sinks": (lambda *x: call(*x[:3], bias=x[3], sinks=x[4]), [(2, 1, 6), (2,)]),
     "score_mod": (lambda *x: call(*x[:3], score_mod=score_mod(x[3]), softcap=2.0), [(2,)]),
     "dropout": (lambda *x: call(*x, dropout=0.3, dropout_seed=1), []),
     "textbook": (lambda *x: call(*x, implementation="standard"), []),
@@ -93,7 +68,7 @@ def loss(query, key, value):
 
 def textbook(query, key, value):
     scores = query @ key.mT / 2**0.5
-    scores = scores.masked_fill(~torch.ones(3, 5, dtype=torch.bool).tril(1), -torch.inf)
+    scores = scores.masked_fill(~torch.ones(3, 6, dtype=torch.bool).tril(1), -torch.inf)
     return (scores.softmax(-1) @ value).sin().sum() + scores.logsumexp(-1).cos().sum()
 
 
@@ -156,7 +131,7 @@ def test_third_derivatives_are_refused():
 
 def test_only_what_is_asked_for():
     query, key, value = tensors(*SHAPES)
-    bias = torch.zeros(3, 5, dtype=torch.float64)
+    bias = torch.zeros(3, 6, dtype=torch.float64)
     call(query, key.detach(), value.detach(), bias=bias)[0].sum().backward()
     assert query.grad is not None
     assert bias.grad is None
@@ -187,17 +162,36 @@ def test_checkpoint_hooks_and_inference_mode():
         assert call(*x)[0].is_inference()
 
 
-def test_results_may_be_written_to():
-    for keywords in ({}, {"layout": "nhd"}):
-        query, key, value = tensors((3, 4, 4, 3), (3, 4, 4, 3), (3, 4, 4, 2))
-        out = attention(query, key, value, **keywords)
-        out.detach().clone().mul_(2)
-        lse = attention(query, key, value, return_lse=True, **keywords)[1]
-        with torch.no_grad():
-            attention(query, key, value, **keywords).mul_(2)
-            attention(query, key, value, return_lse=True, **keywords)[1].mul_(2)
-        assert not out._is_view()
-        assert not lse._is_view()
+def test_saved_tensors_are_held_by_autograd_alone():
+    """What a hook on saved tensors moves elsewhere is freed: nothing else in the graph holds it."""
+    leaves = tensors(*SHAPES)
+    inputs = [x * 2 for x in leaves]
+    held = [weakref.ref(x) for x in inputs]
+    moved = []
+
+    def pack(x):
+        moved.append(x.clone())
+        return len(moved) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, moved.__getitem__):
+        total = sum(x.sum() for x in call(*inputs))
+    del inputs
+    gc.collect()
+    assert [x() for x in held] == [None] * 3
+    ours = torch.autograd.grad(total, leaves)
+    expected = torch.autograd.grad(sum(x.sum() for x in call(*(2 * x for x in leaves))), leaves)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("layout", ["hnd", "nhd", "headless"])
+def test_results_may_be_written_to(layout):
+    """In place, as long as no gradient needs the old values: autograd refuses that of views."""
+    shape = (4, 3) if layout == "headless" else (3, 4, 4, 3)
+    keywords = {} if layout == "headless" else {"layout": layout}
+    x = tensors(shape)[0]
+    out, lse = attention(x, x, x, return_lse=True, **keywords)
+    expected = 2 * out.detach(), 2 * lse.detach()
+    torch.testing.assert_close((out.mul_(2), lse.mul_(2)), expected)
 
 
 def test_autocast():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shlex
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from ._bench_case import DTYPES, MODES, Case
 from ._bench_library import LIBRARIES, PEERS
+from ._numbers import at_least, positive
 
 IMPLEMENTATIONS = ("auto", "chunked", "native", "standard")
 _LENGTHS = {
@@ -69,7 +70,7 @@ def _add_ways(add: Callable[..., object]) -> None:
         help=f"of {', '.join(PEERS)} (default: all but flex, which is slow on the CPU)",
     )
     add("--rounds", type=_number, help=f"(default: {ROUNDS}; with --quick {QUICK_ROUNDS})")
-    add("--seconds", type=_seconds, help="budget: fewer rounds, then fewer cases (default: none)")
+    add("--seconds", type=positive, help="budget: fewer rounds, then fewer cases (default: none)")
     add("--quick", action="store_true", help="few sizes, in under two minutes on two cores")
 
 
@@ -127,24 +128,11 @@ def _some(choices: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+_number = partial(at_least, 1)
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(_number, text.split(","))))
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on; got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number; got {text}")
-    return seconds
 
 
 def _file(*suffixes: str) -> Callable[[str], Path]:

@@ -9,7 +9,6 @@ ever there.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import CommandError, UsageError, _memory, require
+from ._numbers import at_least, positive
 from ._table import in_bytes, show
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--sigma",
-        type=_sigma,
+        type=positive,
         default=25.0,
         help="standard deviation of the noise that is added, in 1/255 (default: 25)",
     )
@@ -215,34 +215,18 @@ def _write(path: Path, pictures: dict[str, Array]) -> None:
 
 
 def _size(text: str) -> int:
-    return _at_least(8, text)
+    return at_least(8, text)
 
 
 def _seed(text: str) -> int:
-    return _at_least(0, text)
+    return at_least(0, text)
 
 
 def _patch(text: str) -> int:
-    size = _at_least(1, text)
+    size = at_least(1, text)
     if size % 2 == 0:
         raise argparse.ArgumentTypeError(f"must be an odd number; got {text}")
     return size
-
-
-def _at_least(smallest: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < smallest:
-        raise argparse.ArgumentTypeError(f"must be a whole number from {smallest} on; got {text}")
-    return int(text)
-
-
-def _sigma(text: str) -> float:
-    try:
-        sigma = float(text)
-    except ValueError:
-        sigma = math.nan
-    if not 0 < sigma < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number; got {text}")
-    return sigma
 
 
 def _image(text: str) -> Path:
