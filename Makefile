@@ -4,6 +4,8 @@
 PYTHON ?= python3
 WORKERS ?= 2
 GPU_LIBRARIES ?= cupy,torch-cuda,jax-cuda
+# Processes that share the GPU, each with memory of its own; more than 1 needs pytest-xdist.
+GPU_WORKERS ?= 1
 # The conformance suite proper: what runs on any library, and needs few packages.
 GPU_TESTS := $(patsubst %,tests/test_%.py,attention values pieces masks callables sinks_dropout \
 	properties accuracy memory peers vjp gradient_accuracy \
@@ -43,7 +45,8 @@ gpu: build/package  ## the suite on CuPy, PyTorch and JAX with CUDA, in the envi
 	mkdir -p $(dir $(RECORD))
 	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/package$${PYTHONPATH:+:$$PYTHONPATH}" \
 		XLA_PYTHON_CLIENT_PREALLOCATE=false \
-		$(PYTHON) -m pytest $(GPU_TESTS) -m 'not slow' --libraries $(GPU_LIBRARIES) \
+		$(PYTHON) -m pytest -p no:benchmark $(GPU_TESTS) -m 'not slow' --libraries $(GPU_LIBRARIES) \
+		$(if $(filter-out 1,$(GPU_WORKERS)),-n $(GPU_WORKERS)) \
 		--capabilities $(dir $(RECORD))gpu.json
 
 lint: $(VENV)/.lint build/package  ## ruff, and mypy on a copy laid out as installed

@@ -7,7 +7,7 @@ from typing import Any
 
 import cupy as cp
 
-from .generic import Array
+from .generic import OF_GPU, Array, TileSizes
 from .numpy import InPlace
 
 
@@ -16,13 +16,21 @@ class Adapter(InPlace):
 
     library = cp
     name = "cupy"
-    chunk_sizes = (2048, 2048)
-    tile_elements = 2**26
+
+    _exp_difference = cp.ElementwiseKernel("T x, T y", "T z", "z = exp(x - y)", "exp_difference")
 
     @property
     def floats(self) -> dict[str, Any]:
         """CuPy's floating dtypes; it has no bfloat16."""
         return {name: cp.dtype(name) for name in ("float16", "float32", "float64")}
+
+    def tile_sizes(self, like: Array) -> TileSizes:
+        """Return the sizes for GPUs."""
+        return OF_GPU
+
+    def exp_difference(self, x: Array, y: Array) -> Array:
+        """Overwrite `x` with ``exp(x - y)``, in one pass over memory."""
+        return self._exp_difference(x, y, x)
 
     def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
         """Call the algorithm on the device that holds the arrays."""

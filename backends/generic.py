@@ -7,6 +7,7 @@ here written with the standard alone (2021.12 and later):
 ====================  ======================================================================
 ``floats``            name to dtype of the floating dtypes that attention takes
 ``device(x)``         where `x` lives, or None where that cannot be told (a traced array)
+``tile_sizes(like)``  the sizes of tiles that suit the device of `like`
 ``new(like, …)``      a filled array on the device of `like`
 ``index(like, n)``    the integers 0 … n-1 on the device of `like`
 ``cast(x, dtype)``    `x` in `dtype`, itself where it is already
@@ -14,7 +15,8 @@ here written with the standard alone (2021.12 and later):
 ``accumulate``        adds to a part of an array; its corner may be traced
 ``workspace``         memory that `matmul` may write to again and again, or None
 ``matmul``            the product in the dtype of its operands, which have the compute dtype
-``exp_``, ``hide``    exponential and masking; may overwrite their argument
+``exp_difference``    ``exp(x - y)``; may overwrite `x`
+``hide``              masking; may overwrite its argument
 ``maximum``           the larger of two arrays, element by element (standard since 2023.12)
 ``index_dtype``       the dtype of positions
 ``as_index``          an integer array of no axes as loop bound
@@ -40,7 +42,7 @@ and the same arithmetic serves both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat
 
@@ -53,13 +55,21 @@ Index = Any  # an int, or a traced integer array of no axes
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
+class TileSizes(NamedTuple):
+    """Queries and keys of a tile, and how many scores it has at most over batch and heads."""
+
+    rows: int
+    cols: int
+    elements: int
+
+
+# What fills a GPU, and is worth the time that the host takes for a tile.
+OF_GPU = TileSizes(4096, 4096, 2**26)
+
+
 class Adapter:
     """The standard's own way to do each verb; ``namespace`` is the library's namespace."""
 
-    #: (query chunk, key chunk) to take where the caller names none
-    chunk_sizes = (512, 1024)
-    #: score elements of one tile, over all batch entries and heads that it spans
-    tile_elements = 2**20
     #: True where batch entries and heads may be split over several tasks
     splits_batch = True
     #: True where the library differentiates functions
@@ -109,6 +119,10 @@ class Adapter:
         """Where `x` lives; None where that cannot be told."""
         return array_api_compat.device(x)
 
+    def tile_sizes(self, like: Array) -> TileSizes:
+        """Return the sizes of tiles that suit the device of `like`."""
+        return TileSizes(512, 1024, 2**20)
+
     def new(self, like: Array, shape: Sequence[int], fill: float, dtype: Any) -> Array:
         """Return an array of `shape` and `dtype` full of `fill`, on the device of `like`."""
         return self.full(tuple(shape), fill, dtype=dtype, device=self.device(like))
@@ -146,9 +160,9 @@ class Adapter:
         """Return ``a @ b``, accumulated in its dtype; it may live in `workspace`."""
         return self.namespace.matmul(a, b)
 
-    def exp_(self, x: Array) -> Array:
-        """Return ``exp(x)``; `x` may be overwritten."""
-        return self.exp(x)
+    def exp_difference(self, x: Array, y: Array) -> Array:
+        """Return ``exp(x - y)``; `x` may be overwritten."""
+        return self.exp(x - y)
 
     def hide(self, x: Array, allowed: Array, fill: float) -> Array:
         """Return `x` with `fill` where not `allowed`; `x` may be overwritten."""

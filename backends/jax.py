@@ -12,7 +12,7 @@ from jax import lax
 
 from . import generic, jax_primitive
 from ._functions import of_floating
-from .generic import Array, Index, State
+from .generic import OF_GPU, Array, Index, State, TileSizes
 
 # Returns its argument; under vmap, whether it holds anywhere in the batch, as one unbatched bool: a
 # `lax.cond` on an unbatched test stays a branch, where a batched one would compute both sides.
@@ -75,6 +75,14 @@ class Adapter(generic.Adapter):
         if self.traced(x) or not x.committed:
             return None
         return frozenset(x.devices())
+
+    def tile_sizes(self, like: Array) -> TileSizes:
+        """Return the sizes for the device of `like`, of a tracer for JAX's default."""
+        if self.traced(like):
+            platform = jax.default_backend()
+        else:
+            platform = next(iter(like.devices())).platform
+        return super().tile_sizes(like) if platform == "cpu" else OF_GPU
 
     def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
         """Return an array of `shape` and `dtype` full of `fill`."""

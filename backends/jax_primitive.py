@@ -1,7 +1,7 @@
 """JAX's transformations of operations that come with rules for their derivatives.
 
-A `VJPHiPrimitive` has rules for forward and reverse mode at once; in a JAX without it, a
-`jax.custom_vjp` stands in, which refuses forward mode.
+A `HiPrim` (`VJPHiPrimitive` before JAX 0.11) has rules for forward and reverse mode at once; in a
+JAX without it, a `jax.custom_vjp` stands in, which refuses forward mode.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from .generic import Array
 from .jax_mapped import Mapped
 
 try:
-    from jax.experimental.hijax import VJPHiPrimitive, Zero, instantiate_zeros
+    from jax.experimental import hijax
+    from jax.experimental.hijax import Zero, instantiate_zeros
 except ImportError:
-    VJPHiPrimitive = None
+    hijax = None
+HiPrim = getattr(hijax, "HiPrim", None) or getattr(hijax, "VJPHiPrimitive", None)
 
 Arrays = dict[str, Array]
 
 
 def apply(adapter: Any, operation: Any, spec: Any, data: dict[str, Any], inputs: Arrays) -> Arrays:
     """Return the operation's results, so that JAX can differentiate and batch them."""
-    if VJPHiPrimitive is None:
+    if HiPrim is None:
         return _with_vjp(adapter, operation, spec)(data, inputs)
     found: Arrays = Primitive(adapter, operation, spec, data, inputs)(data, inputs)
     return found
@@ -76,7 +78,7 @@ class Names:
     names: tuple[str, ...]
 
 
-class Primitive(VJPHiPrimitive or object):  # type: ignore[misc]
+class Primitive(HiPrim or object):  # type: ignore[misc]
     """An operation on ``(data, inputs)`` as one primitive."""
 
     adapter: Any

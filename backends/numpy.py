@@ -42,8 +42,9 @@ class InPlace(generic.Adapter):
         out = workspace[: int(np.prod(shape))].reshape(shape)
         return self.library.matmul(a, b, out=out)
 
-    def exp_(self, x: Array) -> Array:
-        """Overwrite `x` with its exponential."""
+    def exp_difference(self, x: Array, y: Array) -> Array:
+        """Overwrite `x` with ``exp(x - y)``."""
+        x -= y
         return self.library.exp(x, out=x)
 
     def hide(self, x: Array, allowed: Array, fill: float) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from . import generic
 from ._functions import of_floating
-from .generic import Array
+from .generic import OF_GPU, Array, TileSizes
 from .torch_autograd import Call, Lifted, Operation, Watch
 
 
@@ -20,6 +21,17 @@ def _is_watched(x: Array) -> bool:
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         return True
     return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
+@functools.cache
+def _fused_exp_difference() -> Callable[[Array, Array], Array] | None:
+    """Return a CUDA kernel, None where PyTorch has no compiler for it."""
+    jiterator = getattr(torch.cuda, "jiterator", None)
+    if jiterator is None or torch.version.hip is not None:
+        return None
+    code = "template <typename T> T exp_difference(T x, T y) { return ::exp(x - y); }"
+    kernel: Callable[[Array, Array], Array] = jiterator._create_jit_fn(code)
+    return kernel
 
 
 class Adapter(generic.Adapter):
@@ -43,6 +55,10 @@ class Adapter(generic.Adapter):
         """Where `x` lives."""
         return x.device
 
+    def tile_sizes(self, like: Array) -> TileSizes:
+        """Return the sizes for GPUs, or those for a CPU."""
+        return super().tile_sizes(like) if like.device.type == "cpu" else OF_GPU
+
     def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
         """Return a tensor of `shape` and `dtype` full of `fill`, on the device of `like`."""
         return torch.full(tuple(shape), fill, dtype=dtype, device=like.device)
@@ -63,13 +79,16 @@ class Adapter(generic.Adapter):
         """Return ``a @ b``, in `workspace` where there is one."""
         if workspace is None:
             return torch.matmul(a, b)
-        lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        lead = a.shape[:-2]
+        if lead != b.shape[:-2]:
+            lead = torch.broadcast_shapes(lead, b.shape[:-2])
         shape = torch.Size((*lead, a.shape[-2], b.shape[-1]))
         return torch.matmul(a, b, out=workspace[: shape.numel()].view(shape))
 
-    def exp_(self, x: Array) -> Array:
-        """Overwrite `x` with its exponential."""
-        return x.exp_()
+    def exp_difference(self, x: Array, y: Array) -> Array:
+        """Overwrite `x` with ``exp(x - y)``, or make it in one pass over memory."""
+        fused = _fused_exp_difference() if x.is_cuda else None
+        return x.sub_(y).exp_() if fused is None else fused(x, y)
 
     def hide(self, x: Array, allowed: Array, fill: float) -> Array:
         """Overwrite `x` with `fill` where not `allowed`."""

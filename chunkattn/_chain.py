@@ -49,8 +49,7 @@ def softmax(tile: Tile, lse: Array, workspace: Array | None = None) -> Weights:
         s = Modified(tile)(s, *tile.rows.problem.captured.values())
     s = shown(tile, s)
     visible = s != -float("inf") if tile.hides else None
-    s -= lse
-    found = Weights(tile, xp.exp_(s), None, visible)
+    found = Weights(tile, xp.exp_difference(s, lse), None, visible)
     found.weights = found.hidden_zero(found.weights)
     found.before = None if before is None else found.hidden_zero(before)
     return found

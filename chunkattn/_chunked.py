@@ -54,8 +54,7 @@ def _attend_chunk(workspace: Array | None, tile: Tile, summary: Summary) -> Summ
     xp = tile.xp
     s = scores(tile, workspace)
     new = xp.maximum(top, xp.max(s, axis=-1, keepdims=True))
-    s -= new
-    weights, shrink = xp.exp_(s), xp.exp(top - new)
+    weights, shrink = xp.exp_difference(s, new), xp.exp(top - new)
     total *= shrink
     total += xp.sum(weights, axis=-1, keepdims=True, dtype=weights.dtype)
     acc *= shrink

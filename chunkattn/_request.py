@@ -110,6 +110,7 @@ def make_request(
     inputs = {**tokens}
     size = schedule(
         xp,
+        query,
         shapes,
         positive("query_chunk_size", query_chunk_size),
         positive("key_chunk_size", key_chunk_size),

@@ -12,6 +12,8 @@ from ._callables import Lifted
 from ._shapes import Shapes
 from .masks import Mask, Predicate
 
+Array = Any
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -75,6 +77,7 @@ class Spec(Shapes):
 
 def schedule(
     xp: Any,
+    query: Array,
     shapes: Shapes,
     query_chunk_size: int | None,
     key_chunk_size: int | None,
@@ -86,16 +89,23 @@ def schedule(
     A mask may ask for smaller tiles, so that less is computed outside of what it shows.  Functions
     of the caller make arrays of the size of a tile themselves, so that it is smaller with them.
 
+    Few queries have more keys to a tile, or few keys more queries.
+
     Where a library's tasks span the whole batch, the tile's size counts every batch entry.
     """
     limits = [limit for mask in masks if (limit := mask.tile_limit) is not None]
     limits += [512] if score_mod is not None else []
-    rows, cols = (min([size, *limits]) for size in xp.chunk_sizes)
+    *sizes, elements = xp.tile_sizes(query)
+    rows, cols = (min([size, *limits]) for size in sizes)
+    if not limits:
+        area, width = rows * cols, max(1, 2 * shapes.d_v)  # of what is read for a row or a column
+        rows = max(rows, area // max(shapes.n_k, width))
+        cols = max(cols, area // max(shapes.n_q, width))
     rows, cols = (
         max(1, min(shapes.n_q, query_chunk_size or rows)),
         max(1, min(shapes.n_k, key_chunk_size or cols)),
     )
-    budget = xp.tile_elements // shapes.group
+    budget = elements // shapes.group
     if not xp.splits_batch:
         while prod(shapes.lead) * rows * cols > budget and max(rows, cols) > 64:
             if rows >= cols and query_chunk_size is None and rows > 64:

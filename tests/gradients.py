@@ -15,7 +15,7 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 from chunkattn import attention, attention_jvp, attention_vjp
 
@@ -119,8 +119,8 @@ def softmax_of_scores(query, key, bias=None, *, causal=False):
     if bias is not None:
         scores = scores + bias
     if causal:
-        seen = xp.arange(query.shape[-2])[:, None] >= xp.arange(key.shape[-2])[None, :]
-        scores = xp.where(seen, scores, xp.asarray(-float("inf"), dtype=scores.dtype))
+        q_idx, kv_idx = (xp.arange(x.shape[-2], device=device(x)) for x in (query, key))
+        scores = xp.where(q_idx[:, None] >= kv_idx, scores, xp.full_like(scores, -float("inf")))
     if (softmax := _fused(scores)) is not None:
         return softmax
     weights = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))

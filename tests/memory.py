@@ -38,9 +38,8 @@ def extra_bytes(lib, function, *args, threads=1, **kwargs):
     """Measure one call on this library, with NumPy or PyTorch held to `threads` threads."""
     if lib.name.startswith("jax"):
         return _of_jax(function, args, kwargs)
-    measure = {"torch": _of_torch, "torch-cuda": _of_cuda}.get(lib.name, _of_numpy)
-    if measure is _of_numpy and lib.name == "cupy":
-        pytest.skip("CuPy's memory pool keeps no record of its peak")
+    measures = {"torch": _of_torch, "torch-cuda": _of_cuda, "cupy": _of_cupy}
+    measure = measures.get(lib.name, _of_numpy)
     limits = {_of_numpy: _blas_threads, _of_torch: _torch_threads}
     with limits.get(measure, nullcontext)(threads):
         function(*(x[:8, :] for x in args))  # what a first call loads is no part of it
@@ -98,6 +97,26 @@ def _of_torch(call):
     steps.sort(key=lambda event: event["ts"])
     held = np.cumsum([event["args"]["Bytes"] for event in steps])
     return int(held.max()), results
+
+
+def _of_cupy(call):
+    """Follow what is taken from the memory pool and given back."""
+    import cupy
+
+    class Held(cupy.cuda.MemoryHook):
+        name = "Held"
+        now = peak = 0
+
+        def malloc_postprocess(self, *, mem_size, **_):
+            self.now += mem_size
+            self.peak = max(self.peak, self.now)
+
+        def free_postprocess(self, *, mem_size, **_):
+            self.now -= mem_size
+
+    with Held() as held:
+        results = call()
+    return held.peak, results
 
 
 def _of_cuda(call):

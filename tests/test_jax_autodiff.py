@@ -162,11 +162,11 @@ def test_vjp_and_jvp_by_name_are_differentiable():
 
 
 def test_without_the_primitive(monkeypatch):
-    """A JAX without `VJPHiPrimitive` has reverse mode, to second order, and refuses forward."""
+    """A JAX without such a primitive has reverse mode, to second order, and refuses forward."""
     from chunkattn.backends import jax as adapter
     from chunkattn.backends import jax_primitive
 
-    monkeypatch.setattr(jax_primitive, "VJPHiPrimitive", None)
+    monkeypatch.setattr(jax_primitive, "HiPrim", None)
     adapter._operations.cache_clear()
     try:
         x = arrays(*SHAPES)

@@ -183,7 +183,8 @@ def test_many_blocks(case, monkeypatch):
     adapter = adapter_of(case.tokens[0], "query")
     if not adapter.splits_batch:
         pytest.skip("this library's tasks span the whole batch")
-    monkeypatch.setattr(type(adapter), "tile_elements", 60)
+    sizes = adapter.tile_sizes(case.tokens[0])._replace(elements=60)
+    monkeypatch.setattr(type(adapter), "tile_sizes", lambda self, like: sizes)
     monkeypatch.setattr(type(adapter), "accumulate", slowly)
     monkeypatch.setattr("chunkattn.backends._threads.share", lambda: 2)
     case.vjp()
