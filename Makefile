@@ -9,7 +9,7 @@ GPU_WORKERS ?= 1
 # The conformance suite proper: what runs on any library, and needs few packages.
 GPU_TESTS := $(patsubst %,tests/test_%.py,attention values pieces masks callables sinks_dropout \
 	properties accuracy memory peers vjp gradient_accuracy \
-	interop interop_jax)
+	native interop interop_jax)
 
 VENV := .venv
 RUN := $(VENV)/bin/python

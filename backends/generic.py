@@ -30,6 +30,7 @@ here written with the standard alone (2021.12 and later):
 ``lift``              a function of the caller's, with the arrays it captures as an argument
 ``pushforward``       the tangent of a score_mod on a tile
 ``pullback``          the gradients of a score_mod on a tile
+``kernel``            the library's own fused attention for a plain call
 ``run``               calls an algorithm that the library may differentiate by itself
 ``differentiable``    calls an operation that comes with rules for its derivatives
 ====================  ======================================================================
@@ -74,6 +75,8 @@ class Adapter:
     splits_batch = True
     #: True where the library differentiates functions
     autodiff = False
+    #: True where the library has fused attention kernels of its own
+    has_kernels = False
 
     def __init__(self, namespace: Any) -> None:
         self.namespace = namespace
@@ -272,6 +275,19 @@ class Adapter:
     ) -> tuple[Array | None, ...]:
         """Return the gradients of a score_mod's arguments; None for what is not floating."""
         return (cotangent * function.derivative(primals[0]),)
+
+    def kernel(self, call: Any) -> tuple[Any, bool, str]:
+        """Return the kernel for a call or None, whether it is better than tiles, and why.
+
+        `call` has arrays `query`, `key`, `value` of shape (b, h, n, d), perhaps with fewer heads of
+        key and value, the boolean `causal`, and the float `scale`.  A kernel is hashable and has
+
+        ``forward(call)``
+            returns ``(out, lse)``, lse of shape (b, h, n_q)
+        ``backward(call, out, lse, d_out)``
+            returns the gradients of query, key and value
+        """
+        return None, False, f"{self.name} has no attention of its own"
 
     def run(
         self,

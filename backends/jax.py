@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import generic, jax_primitive
+from . import generic, jax_native, jax_primitive
 from ._functions import of_floating
 from .generic import OF_GPU, Array, Index, State, TileSizes
 
@@ -48,6 +48,7 @@ class Adapter(generic.Adapter):
     name = "jax"
     splits_batch = False
     autodiff = True
+    has_kernels = True
 
     @property
     def index_dtype(self) -> Any:
@@ -78,11 +79,14 @@ class Adapter(generic.Adapter):
 
     def tile_sizes(self, like: Array) -> TileSizes:
         """Return the sizes for the device of `like`, of a tracer for JAX's default."""
-        if self.traced(like):
-            platform = jax.default_backend()
-        else:
-            platform = next(iter(like.devices())).platform
-        return super().tile_sizes(like) if platform == "cpu" else OF_GPU
+        return super().tile_sizes(like) if self._platform(like) == "cpu" else OF_GPU
+
+    def _platform(self, x: Array) -> str:
+        """Return where `x` lives, or a tracer probably."""
+        platform: str = (
+            jax.default_backend() if self.traced(x) else next(iter(x.devices())).platform
+        )
+        return platform
 
     def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
         """Return an array of `shape` and `dtype` full of `fill`."""
@@ -196,6 +200,10 @@ class Adapter(generic.Adapter):
         _, vjp = jax.vjp(function, *(primals[i] for i in floating))
         found = dict(zip(floating, vjp(cotangent), strict=True))
         return tuple(map(found.get, range(len(primals))))
+
+    def kernel(self, call: Any) -> tuple[Any, bool, str]:
+        """Return cuDNN's kernel where that is there."""
+        return jax_native.choose(call, self._platform(call.query))
 
     def differentiable(
         self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]

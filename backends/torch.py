@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import generic
+from . import generic, torch_native
 from ._functions import of_floating
 from .generic import OF_GPU, Array, TileSizes
 from .torch_autograd import Call, Lifted, Operation, Watch
@@ -39,6 +39,7 @@ class Adapter(generic.Adapter):
 
     name = "torch"
     autodiff = True
+    has_kernels = True
 
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer, the barely supported unsigned ones included."""
@@ -153,6 +154,10 @@ class Adapter(generic.Adapter):
         _, vjp = torch.func.vjp(function, *(primals[i] for i in floating))
         found = dict(zip(floating, vjp(cotangent), strict=True))
         return tuple(map(found.get, range(len(primals))))
+
+    def kernel(self, call: Any) -> tuple[Any, bool, str]:
+        """Return the kernel that PyTorch's own attention would take."""
+        return torch_native.choose(call)
 
     def differentiable(
         self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]

@@ -129,7 +129,8 @@ class Operation(torch.autograd.Function):  # type: ignore[misc]
         moves = {name: x for name, x in zip(call.names, tangents, strict=False) if x is not None}
         apply = call.adapter.differentiable
         found = operation.tangent(apply, call.spec, data, inputs, outputs, moves)
-        return tuple(found.get(name) for name in operation.outputs)
+        still = operation.residuals
+        return tuple(None if name in still else found.get(name) for name in operation.outputs)
 
     @staticmethod
     def vmap(

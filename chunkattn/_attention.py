@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ._calculus import Forward
+from ._native import operation
 from ._progress import Progress
 from ._request import Request, make_request
 
@@ -200,11 +200,14 @@ def attention(
         compute_dtype=compute_dtype,
         implementation=implementation,
     )
-    found = run(request, progress, Forward())
+    algorithm = operation(
+        request, implementation, return_lse=return_lse, reports=progress not in (None, False)
+    )
+    found = run(request, progress, algorithm)
     return (found["out"], found["lse"]) if return_lse else found["out"]
 
 
-def run(request: Request, progress: Any, forward: Forward) -> dict[str, Array]:
+def run(request: Request, progress: Any, algorithm: Any) -> dict[str, Array]:
     """Return the results of a request by name, and report the progress meanwhile."""
     bar = Progress(progress, request.spec.tasks)
     if bar.done is not None and request.xp.traced((request.data, request.inputs)):
@@ -212,4 +215,6 @@ def run(request: Request, progress: Any, forward: Forward) -> dict[str, Array]:
             "progress cannot be reported from a traced call (jit, vmap, grad), only an eager one"
         )
     with bar:
-        return request.apply(replace(forward, done=bar.done))
+        if bar.done is not None:
+            algorithm = replace(algorithm, done=bar.done)
+        return request.apply(algorithm)

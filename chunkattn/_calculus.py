@@ -40,15 +40,18 @@ RESULTS = ("out", "lse")
 COTANGENTS = ("d_out", "d_lse")
 
 
-def _as_tangents(arrays: Arrays) -> Arrays:
+def as_tangents(arrays: Arrays) -> Arrays:
+    """Return arrays under the names of tangents."""
     return {name + TANGENT: x for name, x in arrays.items()}
 
 
-def _cotangents(arrays: Arrays) -> Arrays:
+def as_cotangents(arrays: Arrays) -> Arrays:
+    """Return arrays under the names of gradients of results."""
     return {"d_" + name: x for name, x in arrays.items()}
 
 
-def _primals(inputs: Arrays) -> Arrays:
+def primals(inputs: Arrays) -> Arrays:
+    """Return those inputs that are neither tangents nor gradients of results."""
     return {
         name: x
         for name, x in inputs.items()
@@ -78,8 +81,8 @@ class Operation:
         self, apply: Apply, spec: Spec, data: dict[str, Any], inputs: Arrays, tangents: Arrays
     ) -> Arrays:
         """Return the tangents of ``(out, lse)`` in `data`, for a library's own forward mode."""
-        moves = {name: x for name, x in tangents.items() if name in _primals(tangents)}
-        return apply(Tangent(), spec, data, _primals(inputs) | _as_tangents(moves))
+        moves = {name: x for name, x in tangents.items() if name in primals(tangents)}
+        return apply(Tangent(), spec, data, primals(inputs) | as_tangents(moves))
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Forward:
         tangents: Arrays,
     ) -> Arrays:
         """Return the outputs' tangents; an input without one does not move."""
-        return apply(Tangent(), spec, data | results(outputs), inputs | _as_tangents(tangents))
+        return apply(Tangent(), spec, data | results(outputs), inputs | as_tangents(tangents))
 
     def cotangent(
         self,
@@ -143,7 +146,7 @@ class Forward:
         wanted: Names,
     ) -> Arrays:
         """Return the gradients of the `wanted` inputs, for gradients of all outputs."""
-        bars = _cotangents({name: cotangents[name] for name in RESULTS})
+        bars = as_cotangents({name: cotangents[name] for name in RESULTS})
         return apply(Backward(wanted), spec, data | results(outputs), inputs | bars)
 
 
@@ -173,11 +176,11 @@ class Tangent(Operation):
         wanted: Names,
     ) -> Arrays:
         """As that of `Forward`."""
-        bars = _cotangents(cotangents)
+        bars = as_cotangents(cotangents)
         moved = tuple(name.removesuffix(TANGENT) for name in wanted if name.endswith(TANGENT))
         found: Arrays = {}
         if moved:
-            found |= _as_tangents(apply(Backward(moved), spec, data, _primals(inputs) | bars))
+            found |= as_tangents(apply(Backward(moved), spec, data, primals(inputs) | bars))
         if still := tuple(name for name in wanted if not name.endswith(TANGENT)):
             found |= apply(Second(still), spec, data, inputs | bars)
         return found
@@ -213,7 +216,7 @@ class Backward(Operation):
         tangents: Arrays,
     ) -> Arrays:
         """As that of `Forward`."""
-        return apply(Second(self.wanted), spec, data, inputs | _as_tangents(tangents))
+        return apply(Second(self.wanted), spec, data, inputs | as_tangents(tangents))
 
     def cotangent(
         self,
@@ -226,10 +229,10 @@ class Backward(Operation):
         wanted: Names,
     ) -> Arrays:
         """As that of `Forward`."""
-        moved = _as_tangents(cotangents)
+        moved = as_tangents(cotangents)
         found: Arrays = {}
         if bars := tuple(name for name in wanted if name in COTANGENTS):
-            moves = apply(Tangent(), spec, data, _primals(inputs) | moved)
+            moves = apply(Tangent(), spec, data, primals(inputs) | moved)
             found |= {name: moves[name.removeprefix("d_")] for name in bars}
         if still := tuple(name for name in wanted if name not in COTANGENTS):
             found |= apply(Second(still), spec, data, inputs | moved)
@@ -276,11 +279,11 @@ class Second(Operation):
             )
         wanted = tuple(name.removesuffix(TANGENT) for name in wanted)
         bars = {name: inputs[name] for name in COTANGENTS}
-        moves = _primals(inputs) | _as_tangents(cotangents)
+        moves = primals(inputs) | as_tangents(cotangents)
         found: Arrays = {}
         if arrays := tuple(name for name in wanted if name not in COTANGENTS):
             found |= apply(Second(arrays), spec, data, moves | bars)
         if of_bars := tuple(name for name in wanted if name in COTANGENTS):
             moved = apply(Tangent(), spec, data, moves)
             found |= {name: moved[name.removeprefix("d_")] for name in of_bars}
-        return _as_tangents(found)
+        return as_tangents(found)

@@ -166,6 +166,10 @@ def _request(
     bound.apply_defaults()
     given = dict(bound.arguments)
     progress, return_lse = given.pop("progress"), given.pop("return_lse")
+    if given["implementation"] == "native":
+        raise NotImplementedError(
+            "implementation='native': attention_vjp and attention_jvp compute by tiles"
+        )
     request = make_request(**given)
     score_mod = given["score_mod"]
     if score_mod is not None and not request.xp.autodiff and not isinstance(score_mod, ScoreMod):

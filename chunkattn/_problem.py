@@ -45,7 +45,7 @@ class Problem:
     def __init__(self, xp: Any, spec: Spec, arrays: dict[str, Any]) -> None:
         self.xp, self.spec = xp, spec
         self.ndim = len(spec.batch) + 3
-        self.query, self.key, self.value = (self._tokens(arrays[name]) for name in TOKENS)
+        self.query, self.key, self.value = (self.tokens(arrays[name]) for name in TOKENS)
         scale = arrays["scale"]
         self.scale = xp.cast(scale, spec.compute) if hasattr(scale, "shape") else scale
         self.bias, self.sinks = arrays.get("bias"), arrays.get("sinks")
@@ -67,7 +67,8 @@ class Problem:
         """Return `x` with leading axes of length 1, up to the axes of the scores."""
         return x[(None,) * (self.ndim - x.ndim) + (...,)]
 
-    def _tokens(self, x: Array) -> Array:
+    def tokens(self, x: Array) -> Array:
+        """Return an array of the caller's axes as (…, h, n, width)."""
         if self.spec.headless:
             x = x[None, ...]
         elif self.spec.layout == "nhd":
@@ -108,7 +109,7 @@ class Problem:
         if name in self.captured:
             return zeros
         if name in TOKENS:
-            return self._tokens(zeros)
+            return self.tokens(zeros)
         return self.aligned(zeros[:, None, None] if name == "sinks" else zeros)
 
     def gradient(self, name: str, x: Array) -> Array:

@@ -40,6 +40,7 @@ class Request:
     spec: Spec
     data: dict[str, Any]
     inputs: dict[str, Array]
+    chunks_given: bool = False
 
     def apply(self, operation: Any, data: Any = None, inputs: Any = None) -> dict[str, Array]:
         """Return what an operation of `_calculus` gives for the call, with further arrays."""
@@ -121,7 +122,7 @@ def make_request(
     calls_back = score_mod is not None or any(isinstance(m, Predicate) for m in masks)
     if calls_back and 0 not in (*shapes.lead, shapes.n_q, shapes.n_k):  # no tile, no call
         whole = [(shapes.n_q, shapes.n_k)]
-        tiles = whole if _standard(implementation) else size.tiles(xp, shapes)
+        tiles = whole if implementation == "standard" else size.tiles(xp, shapes)
         examples = Examples(xp, shapes, query, data, tiles)
         masks = tuple(examples.lift_mask(m) if isinstance(m, Predicate) else m for m in masks)
         if score_mod is not None:
@@ -138,7 +139,7 @@ def make_request(
         dropout=dropout_rate(dropout, dropout_seed),
         masks=tuple(replace(m, **dict.fromkeys(_held(m))) for m in masks),
         schedule=size,
-        standard=_standard(implementation),
+        standard=implementation == "standard",
     )
     data |= {
         "masks": tuple(_held(m) for m in masks),
@@ -150,7 +151,7 @@ def make_request(
         inputs["bias"] = bias
     if sinks is not None and not streamed:
         inputs["sinks"] = sinks
-    return Request(xp, spec, data, inputs)
+    return Request(xp, spec, data, inputs, bool(query_chunk_size or key_chunk_size))
 
 
 def _masks(causal: bool, mask: Any) -> tuple[Mask, ...]:
@@ -207,12 +208,3 @@ def _query_offset(
             "decoding with a cache)"
         )
     return index("query_offset", offset, xp, batch=shapes.batch)
-
-
-def _standard(implementation: str) -> bool:
-    if implementation == "native":
-        raise NotImplementedError(
-            "implementation='native': no framework's own kernel is connected yet; "
-            "'chunked' computes the same"
-        )
-    return implementation == "standard"

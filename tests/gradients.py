@@ -39,18 +39,15 @@ def modes(lib):
 def derivative(lib, way, mode, **kwargs):
     """Return a function of a `Point` that computes one derivative, as a dict of arrays by name.
 
-    The keyword `causal` serves both ways, other keywords those of the tiles alone.
+    `way` is "textbook" or an `implementation` of `attention`.  The keyword `causal` serves all
+    ways, other keywords those of `attention` alone.
     """
-    library = next((name for name in _BY_LIBRARY if lib.name.startswith(name)), None)
+    library = next((name for name in BY_LIBRARY if lib.name.startswith(name)), None)
     if library is None:
         own = {"chunked": _by_name, "textbook": by_hand}[way]
         return partial(own, mode, **kwargs)
-    function = {"chunked": _chunked, "textbook": textbook}[way]
-    return partial(_BY_LIBRARY[library], partial(function, **kwargs), mode)
-
-
-def _chunked(query, key, value, bias=None, **kwargs):
-    return attention(query, key, value, bias=bias, implementation="chunked", **kwargs)
+    function = textbook if way == "textbook" else partial(attention, implementation=way)
+    return partial(BY_LIBRARY[library], partial(function, **kwargs), mode)
 
 
 def _named(xs):
@@ -100,7 +97,7 @@ def _jax(function, mode, point):
     return _named(vjp(point.moves))
 
 
-_BY_LIBRARY = {"torch": _torch, "jax": _jax}
+BY_LIBRARY = {"torch": _torch, "jax": _jax}
 
 
 # The textbook

@@ -218,7 +218,12 @@ DPA_REFUSED = {
         ValueError,
         "local_window_size must not be negative",
     ),
-    "cudnn": ([T, S, S], {"implementation": "cudnn"}, NotImplementedError, "native"),
+    "cudnn": (
+        [T, S, S],
+        {"implementation": "cudnn", "local_window_size": 3},
+        NotImplementedError,
+        "native",
+    ),
 }
 OURS_ALONE = ("is_causal", "window below 0")
 

@@ -1,0 +1,202 @@
+"""Kernels of the libraries themselves: the same results, gradients and reasons not to take them."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import gradients
+import libraries
+import numpy as np
+import pytest
+from array_api_compat import array_namespace
+from conftest import chosen
+
+from chunkattn import attention
+from chunkattn.masks import Causal, Window
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
+native = partial(attention, implementation="native")
+chunked = partial(attention, implementation="chunked")
+
+# The dtypes of the kernels; everything else is refused.
+KERNELS = {
+    "torch": ("float16", "bfloat16", "float32", "float64"),
+    "torch-cuda": ("float16", "bfloat16", "float32"),
+    "jax-cuda": ("float16", "bfloat16"),
+}
+
+
+def pytest_generate_tests(metafunc):
+    if "owner" in metafunc.fixturenames:
+        names = [name for name in chosen(metafunc.config) if name in KERNELS]
+        metafunc.parametrize("owner", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def owner(request):
+    """A library with kernels of its own."""
+    return libraries.library(request.param)
+
+
+@pytest.fixture(scope="module")
+def dtypes(owner):
+    return KERNELS[owner.name]
+
+
+def test_no_kernel(lib, rng):
+    """A library without kernels says so, and one that has some says what they do not take."""
+    for dtype in set(lib.dtypes) - set(KERNELS.get(lib.name, ())):
+        arrays = [lib.asarray(rng.standard_normal((1, 2, 16, 8)), dtype) for _ in range(3)]
+        with pytest.raises(NotImplementedError, match="implementation='native': "):
+            lib.call(native, *arrays)
+
+
+def tokens(lib, rng, dtype, n_q=64, n_k=64, heads=(4, 4), batch=(2,), d=16):
+    shapes = [(*batch, h, n, d) for h, n in ((heads[0], n_q), (heads[1], n_k), (heads[1], n_k))]
+    return tuple(lib.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+
+
+def close(lib, dtype, found, expected):
+    """Compare to within some roundings of the inputs' dtype, by the largest number."""
+    expected = lib.numpy(expected)
+    error = np.abs(lib.numpy(found) - expected).max(initial=0)
+    assert error <= 16 * lib.eps(dtype) * max(1, np.abs(expected).max(initial=0))
+
+
+SHAPES = {
+    "plain": ({}, {}),
+    "causal": ({}, {"causal": True}),
+    "grouped heads": ({"heads": (6, 2)}, {}),
+    "grouped heads, causal": ({"heads": (6, 2)}, {"causal": True}),
+    "two lengths": ({"n_q": 24, "n_k": 72}, {}),
+    "one query of many keys": ({"n_q": 1, "n_k": 72}, {"causal": True, "query_offset": 71}),
+    "no batch axis": ({"batch": ()}, {"causal": True}),
+    "two batch axes": ({"batch": (2, 3)}, {"causal": True}),
+    "a scale": ({}, {"scale": 0.5}),
+    "equal offsets": ({}, {"mask": Causal(), "query_offset": 9, "key_offset": 9}),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_values(owner, dtypes, rng, case):
+    shapes, given = SHAPES[case]
+    for dtype in dtypes:
+        arrays = tokens(owner, rng, dtype, **shapes)
+        found, expected = (
+            owner.call(f, *arrays, **given, return_lse=True) for f in (native, chunked)
+        )
+        assert found[0].dtype == expected[0].dtype
+        assert found[1].dtype == expected[1].dtype
+        close(owner, dtype, found[0], expected[0])
+        close(owner, dtype, found[1], expected[1])
+
+
+def test_layouts(owner, dtypes, rng):
+    for dtype in dtypes:
+        arrays = tokens(owner, rng, dtype, heads=(4, 2))
+        turned = [array_namespace(arrays[0]).permute_dims(x, (0, 2, 1, 3)) for x in arrays]
+        out = native(*turned, layout="nhd")
+        close(
+            owner,
+            dtype,
+            array_namespace(arrays[0]).permute_dims(out, (0, 2, 1, 3)),
+            chunked(*arrays),
+        )
+        close(owner, dtype, native(*(x[0, 0] for x in arrays)), chunked(*(x[0, 0] for x in arrays)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_derivatives(owner, dtypes, rng, causal):
+    """The kernel's own gradients, and the tiles' derivatives of what it computed."""
+    for dtype in dtypes:
+        inputs, moves = (tokens(owner, rng, dtype, heads=(4, 2)) for _ in range(2))
+        point = gradients.Point(inputs, moves, tokens(owner, rng, dtype)[0])
+        for mode in gradients.MODES:
+            found, expected = (
+                gradients.derivative(owner, way, mode, causal=causal)(point)
+                for way in ("native", "chunked")
+            )
+            for name, x in expected.items():
+                close(owner, dtype, found[name], x)
+
+
+def test_gradient_of_lse(owner, dtypes, rng):
+    def lse(*arrays, way, bias=None):
+        return attention(*arrays, implementation=way, causal=True, return_lse=True)[1]
+
+    library = next((name for name in ("torch", "jax") if owner.name.startswith(name)), None)
+    for dtype in dtypes:
+        inputs = tokens(owner, rng, dtype)
+        d_lse = owner.asarray(rng.standard_normal(inputs[0].shape[:-1]), "float32")
+        if dtype == "float64":
+            d_lse = owner.asarray(owner.numpy(d_lse), dtype)
+        found, expected = (
+            gradients.BY_LIBRARY[library](
+                partial(lse, way=way), "reverse", gradients.Point(inputs, (), d_lse)
+            )
+            for way in ("native", "chunked")
+        )
+        for name, x in expected.items():
+            close(owner, dtype, found[name], x)
+
+
+@pytest.mark.parametrize("extreme", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_nan_behind_the_causal_mask(owner, dtypes, rng, extreme, name):
+    """Kernels multiply it by 0; then the tiles take over, in the gradients too."""
+    for dtype in dtypes:
+        query, *rest = (owner.numpy(x) for x in tokens(owner, rng, dtype))
+        rest[name == "value"][..., 40, :] = extreme
+        arrays = [owner.asarray(x, dtype) for x in (query, *rest)]
+        found, expected = (owner.numpy(f(*arrays, causal=True)) for f in (native, chunked))
+        assert np.isfinite(found[..., :40, :]).all()
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+        d_out = np.where(np.arange(64)[:, None] < 40, rng.standard_normal(found.shape), 0)
+        point = gradients.Point(tuple(arrays), (), owner.asarray(d_out, dtype))
+        d_query = gradients.derivative(owner, "native", "reverse", causal=True)(point)["query"]
+        assert np.isfinite(owner.numpy(d_query)[..., :40, :]).all()
+
+
+REASONS = {
+    "bias": lambda lib: {"bias": lib.asarray(np.zeros((16, 16)))},
+    "sinks": lambda lib: {"sinks": lib.asarray(np.zeros(2))},
+    "softcap": lambda lib: {"softcap": 5.0},
+    "score_mod": lambda lib: {"score_mod": lambda s, b, h, q, k: s},
+    "dropout": lambda lib: {"dropout": 0.5, "dropout_seed": 1},
+    "mask other than Causal": lambda lib: {"mask": Window(4, 4)},
+    "mask other than": lambda lib: {"mask": lib.asarray(np.ones((16, 16), dtype=bool))},
+    "causal mask does not begin": lambda lib: {"causal": True, "query_offset": 3},
+    "scale is an array": lambda lib: {"scale": lib.asarray(np.asarray(0.5))},
+    "compute_dtype": lambda lib: {"compute_dtype": "float64"},
+    "progress": lambda lib: {"progress": print},
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_what_no_kernel_does(owner, dtypes, rng, reason, caplog):
+    """It is refused by name, and "auto" computes it by tiles."""
+    given = REASONS[reason](owner)
+    arrays = [owner.asarray(rng.standard_normal((1, 2, 16, 8))) for _ in range(3)]
+    with pytest.raises(NotImplementedError, match=reason):
+        owner.call(native, *arrays, **given)
+    with caplog.at_level(logging.DEBUG, "chunkattn"):
+        owner.call(attention, *arrays, **given)
+    assert caplog.messages
+    assert caplog.messages[-1].startswith("chunked: ")
+
+
+def test_the_choice_of_auto(owner, dtypes, rng, caplog):
+    def choice(*arrays, **given):
+        with caplog.at_level(logging.DEBUG, "chunkattn"):
+            caplog.clear()
+            owner.call(attention, *arrays, **given)
+            return caplog.messages[-1]
+
+    for dtype in dtypes:
+        arrays = tokens(owner, rng, dtype)
+        better = owner.name in libraries.GPU or dtype in ("float32", "float64")
+        assert choice(*arrays).startswith("native (") == better
+        assert choice(*arrays, query_chunk_size=32) == "chunked: chunk sizes are given"
+        assert choice(*arrays, implementation="native").startswith("native (")
