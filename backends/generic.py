@@ -57,15 +57,19 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 class TileSizes(NamedTuple):
-    """Queries and keys of a tile, and how many scores it has at most over batch and heads."""
+    """Queries and keys of a tile, and how many scores it has at most over batch and heads.
+
+    `least` is the size below which smaller tiles do not pay, however little of them a mask shows.
+    """
 
     rows: int
     cols: int
     elements: int
+    least: int
 
 
 # What fills a GPU, and is worth the time that the host takes for a tile.
-OF_GPU = TileSizes(4096, 4096, 2**26)
+OF_GPU = TileSizes(8192, 8192, 2**26, 2048)
 
 
 class Adapter:
@@ -82,7 +86,9 @@ class Adapter:
         self.namespace = namespace
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.namespace, name)
+        found = getattr(self.namespace, name)
+        setattr(self, name, found)  # for the next time
+        return found
 
     def __repr__(self) -> str:
         return f"<{type(self).__module__}.Adapter of {self.namespace.__name__}>"
@@ -124,7 +130,7 @@ class Adapter:
 
     def tile_sizes(self, like: Array) -> TileSizes:
         """Return the sizes of tiles that suit the device of `like`."""
-        return TileSizes(512, 1024, 2**20)
+        return TileSizes(512, 1024, 2**20, 1)
 
     def new(self, like: Array, shape: Sequence[int], fill: float, dtype: Any) -> Array:
         """Return an array of `shape` and `dtype` full of `fill`, on the device of `like`."""

@@ -11,7 +11,7 @@ import torch
 from . import generic, torch_native
 from ._functions import of_floating
 from .generic import OF_GPU, Array, TileSizes
-from .torch_autograd import Call, Lifted, Operation, Watch
+from .torch_autograd import Call, Lifted, Operation, Watch, computed, tensors_in
 
 
 def _is_watched(x: Array) -> bool:
@@ -176,8 +176,9 @@ class Adapter(generic.Adapter):
     def _apply(
         self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
     ) -> dict[str, Array]:
-        if any(map(_is_watched, inputs.values())):
-            operation = operation.with_residuals(spec)
+        if not any(map(_is_watched, (*inputs.values(), *tensors_in(data)))):
+            return computed(self, operation, spec, data, inputs)
+        operation = operation.with_residuals(spec)
         call = Call(self, operation, spec, data, tuple(inputs))
         found = Operation.apply(call, *Call.tensors(data, inputs))
         return dict(zip(operation.outputs, found, strict=True))

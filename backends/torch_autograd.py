@@ -13,6 +13,17 @@ from torch.overrides import TorchFunctionMode
 from .generic import Array
 
 
+def computed(
+    adapter: Any, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
+) -> dict[str, Array]:
+    """Return the operation's results, in the dtypes that they are asked for."""
+    device = inputs["query"].device.type
+    mixed = torch.is_autocast_enabled(device)
+    with torch.no_grad(), torch.autocast(device, enabled=False) if mixed else nullcontext():
+        found: dict[str, Array] = operation(adapter, spec, data, inputs)
+    return found
+
+
 class Call:
     """One call of an operation, without its tensors; these travel beside it in one tuple.
 
@@ -30,7 +41,7 @@ class Call:
     @staticmethod
     def tensors(data: dict[str, Any], inputs: dict[str, Array]) -> tuple[Array, ...]:
         """Return the tensors of a call; no derivative is asked of those in `data`."""
-        held = (x.detach() if x.is_floating_point() else x for x in _tensors(data))
+        held = (x.detach() if x.is_floating_point() else x for x in tensors_in(data))
         return (*inputs.values(), *held)
 
     def arrays(self, tensors: tuple[Array, ...]) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -41,10 +52,7 @@ class Call:
 
     def run(self, tensors: tuple[Array, ...]) -> tuple[Array, ...]:
         """Return the operation's results, in the order of ``operation.outputs``."""
-        device = tensors[0].device.type
-        mixed = torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if mixed else nullcontext():
-            found = self.operation(self.adapter, self.spec, *self.arrays(tensors))
+        found = computed(self.adapter, self.operation, self.spec, *self.arrays(tensors))
         return tuple(_whole(found[name]) for name in self.operation.outputs)
 
 
@@ -52,13 +60,13 @@ class _Place(int):
     """The number of a tensor in the data of a call."""
 
 
-def _tensors(x: Any) -> Iterator[Array]:
+def tensors_in(x: Any) -> Iterator[Array]:
     """Yield the tensors in a nest of dicts and tuples."""
     if isinstance(x, torch.Tensor):
         yield x
     elif isinstance(x, dict | tuple | list):
         for y in x.values() if isinstance(x, dict) else x:
-            yield from _tensors(y)
+            yield from tensors_in(y)
 
 
 def _rebuilt(x: Any, numbers: Iterator[int]) -> Any:
@@ -178,7 +186,7 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         return result
 
     def _new(self, x: Any) -> list[Array]:
-        found = [y for y in _tensors(x) if id(y) not in self.known]
+        found = [y for y in tensors_in(x) if id(y) not in self.known]
         self.known.update(map(id, found))
         return found
 

@@ -21,16 +21,22 @@ def _named(module: str, namespace: Any) -> Any:
     return import_module(f"{__package__}.backends.{module}").Adapter(namespace)
 
 
-@lru_cache
 def _known(cls: Any) -> str | None:
     """Return the adapter's name for an array class, found through its bases; else None."""
     roots = (base.__module__.partition(".")[0] for base in cls.__mro__)
     return next((_ADAPTERS[root] for root in roots if root in _ADAPTERS), None)
 
 
+_ARRAYS: dict[type, bool] = {}  # whether a class is one of arrays; asking array_api_compat is slow
+_BY_CLASS: dict[type, Any] = {}
+
+
 def is_array(x: Any) -> bool:
     """Whether `x` is an array of a library that attention can take."""
-    return array_api_compat.is_array_api_obj(x) and not isinstance(x, Number)  # a NumPy scalar
+    cls = type(x)
+    if cls not in _ARRAYS:  # a NumPy scalar is none
+        _ARRAYS[cls] = array_api_compat.is_array_api_obj(x) and not isinstance(x, Number)
+    return _ARRAYS[cls]
 
 
 def adapter_of(x: Array, name: str) -> Any:
@@ -41,8 +47,10 @@ def adapter_of(x: Array, name: str) -> Any:
             f"not {_class_name(x)}"
         )
     cls: Any = type(x)
-    module = _known(cls) or "generic"
-    adapter = _named(module, array_api_compat.array_namespace(x))
+    adapter = _BY_CLASS.get(cls)
+    if adapter is None:
+        module = _known(cls) or "generic"
+        adapter = _BY_CLASS[cls] = _named(module, array_api_compat.array_namespace(x))
     adapter.check(x, name)
     return adapter
 

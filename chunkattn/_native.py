@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 from ._calculus import (
@@ -29,7 +31,7 @@ from ._calculus import (
 )
 from ._chunked import chunked
 from ._derivatives import backward
-from ._problem import TOKENS, Problem
+from ._problem import TOKENS, heads_first, lse_to_caller, out_to_caller
 from ._request import Request
 from ._spec import Spec
 from .masks import Causal
@@ -68,82 +70,78 @@ def operation(request: Request, implementation: str, *, return_lse: bool, report
             log.debug("chunked: %s", why)
             return Forward()
     log.debug("native (%s): %s", kernel, why)
-    return Native(kernel, () if return_lse else ("lse",))
+    causal, scale = _causal(request.spec, request.data), request.data["scale"]
+    return Native(kernel, bool(causal), scale, () if return_lse else ("lse",))
 
 
 def _kernel(request: Request) -> tuple[Any, bool, str]:
     """Return the kernel for a request or None, whether it is better than tiles, and why."""
-    xp, spec, arrays = request.xp, request.spec, request.data | request.inputs
+    xp, spec, data, inputs = request.xp, request.spec, request.data, request.inputs
     if not xp.has_kernels:  # spare the look at the call
         return None, False, f"{xp.name} has no attention of its own"
-    if (why := _lacking(xp, spec, arrays)) is not None:
+    causal = _causal(spec, data)
+    batches = [tuple(inputs[name].shape[:-3]) for name in TOKENS]
+    wide = xp.float64 if spec.dtype == xp.float64 else xp.float32
+    if (why := _lacking(spec, tuple(inputs), causal, spec.compute == wide)) is not None:
         return None, False, why
-    found: tuple[Any, bool, str] = xp.kernel(plain(Problem(xp, spec, arrays), arrays))
+    if batches.count(batches[0]) < len(batches):
+        return None, False, "the batch axes have to be broadcast"
+    found: tuple[Any, bool, str] = xp.kernel(_plain(xp, spec, inputs, bool(causal), data["scale"]))
     return found
 
 
-def _lacking(xp: Any, spec: Spec, arrays: dict[str, Any]) -> str | None:
+@lru_cache
+def _lacking(spec: Spec, inputs: Names, causal: bool | None, wide: bool) -> str | None:
     """Return why no kernel can do a call; None where one may."""
-    shapes = [tuple(arrays[name].shape[: -3 if not spec.headless else None]) for name in TOKENS]
-    wide = xp.float64 if spec.dtype == xp.float64 else xp.float32
     reasons = {
-        "no kernel has a bias": "bias" in arrays,
-        "no kernel has sinks": "sinks" in arrays,
+        "no kernel has a bias": "bias" in inputs,
+        "no kernel has sinks": "sinks" in inputs,
         "no kernel has a softcap": spec.softcap is not None,
         "no kernel has a score_mod": spec.score_mod is not None,
         "no kernel drops the weights that dropout_seed says": bool(spec.dropout),
         "no kernel has a mask other than Causal": any(type(m) is not Causal for m in spec.masks),
-        "the scale is an array": hasattr(arrays["scale"], "shape"),
-        "kernels do not choose their compute_dtype": spec.compute != wide,
-        "the batch axes have to be broadcast": not spec.headless and len(set(shapes)) > 1,
+        "the scale is an array": "scale" in inputs,
+        "kernels do not choose their compute_dtype": not wide,
         "there is nothing to compute": 0 in (*spec.lead, spec.n_q, spec.n_k, spec.d_v),
-        "the causal mask does not begin at the first query and key": _causal(spec, arrays) is None,
+        "the causal mask does not begin at the first query and key": causal is None,
     }
     return next((why for why, holds in reasons.items() if holds), None)
 
 
-def _causal(spec: Spec, arrays: dict[str, Any]) -> bool | None:
+def _causal(spec: Spec, data: dict[str, Any]) -> bool | None:
     """Return whether a kernel's causal mask is wanted; None where it would be another one."""
     if not spec.masks:
         return False
-    offset, start = arrays["query_offset"], arrays["key_offset"]
-    if not (isinstance(offset, int) and isinstance(start, int)):
-        return None
-    if offset - start >= spec.n_k - 1:  # every query sees every key
-        return False
-    return True if offset == start and spec.n_q == spec.n_k else None
+    offset, start = data["query_offset"], data["key_offset"]
+    aligned = isinstance(offset, int) and isinstance(start, int) and offset == start
+    return True if aligned and spec.n_q == spec.n_k else None
 
 
-def plain(problem: Problem, arrays: dict[str, Any]) -> Plain:
+def _plain(xp: Any, spec: Spec, inputs: Arrays, causal: bool, scale: float) -> Plain:
     """Return a call in the terms of kernels."""
-    query, key, value = (_four(problem.xp, x) for x in (problem.query, problem.key, problem.value))
-    return Plain(query, key, value, bool(_causal(problem.spec, arrays)), problem.scale)
+    query, key, value = (_four(xp, spec, inputs[name]) for name in TOKENS)
+    if spec.group > 1 and not causal:  # the queries of a group are as good as queries of one head
+        query = _like(xp, query, (*key.shape[:2], spec.group * spec.n_q, query.shape[-1]))
+    return Plain(query, key, value, causal, scale)
 
 
-def _four(xp: Any, x: Array) -> Array:
-    """Return (…, h, n, d) with one batch axis."""
-    return x if x.ndim == 4 else xp.reshape(x, (-1, *x.shape[-3:]))
+def _four(xp: Any, spec: Spec, x: Array) -> Array:
+    """Return an array with the caller's axes as (b, h, n, width)."""
+    x = heads_first(xp, spec, x)
+    return _like(xp, x, (prod(spec.batch), *x.shape[-3:]))
 
 
-def _result(problem: Problem, call: Plain, found: tuple[Array, Array]) -> dict[str, Array]:
-    """Return ``(out, lse)`` of a kernel as the results of a call."""
-    xp, spec = problem.xp, problem.spec
-    lead = (*spec.batch, spec.heads, spec.n_q)
-    out, lse = found
-    return problem.results(
-        {
-            "out": xp.reshape(out, (*lead, spec.d_v)),
-            "lse": xp.reshape(xp.cast(lse, spec.compute), (*lead, 1)),
-        }
-    )
+def _like(xp: Any, x: Array, shape: tuple[int, ...]) -> Array:
+    return x if tuple(x.shape) == shape else xp.reshape(x, shape)
 
 
-def _trusted(problem: Problem, call: Plain, found: Arrays, tiles: Callable[[], Arrays]) -> Arrays:
+def _trusted(
+    xp: Any, spec: Spec, causal: bool, found: Arrays, tiles: Callable[[], Arrays]
+) -> Arrays:
     """Return what a kernel found, or what the tiles do where a NaN came through its mask."""
-    if not call.causal:
+    if not causal:
         return found
-    xp, dtype = problem.xp, problem.spec.compute
-    total = sum(xp.sum(x, dtype=dtype) for name, x in found.items() if name != "lse")
+    total = sum(xp.sum(x, dtype=spec.compute) for name, x in found.items() if name != "lse")
     trusted: Arrays = xp.when(~xp.isfinite(total), tiles, lambda: found)
     return trusted
 
@@ -153,6 +151,8 @@ class Native(Operation):
     """``(out, lse)`` by a kernel; `residuals` has "lse" where no derivative is asked of it."""
 
     kernel: Any
+    causal: bool
+    scale: float
     residuals: Names
 
     keeps_outputs = True
@@ -164,11 +164,17 @@ class Native(Operation):
 
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
-        arrays = data | inputs
-        problem = Problem(xp, spec, arrays)
-        call = plain(problem, arrays)
-        found = _result(problem, call, self.kernel.forward(call))
-        return _trusted(problem, call, found, lambda: chunked(xp, spec, arrays, RESULTS))
+        call = _plain(xp, spec, inputs, self.causal, self.scale)
+        out, lse = self.kernel.forward(call)
+        lead = (*spec.batch, spec.heads, spec.n_q)
+        out = out_to_caller(xp, spec, _like(xp, out, (*lead, spec.d_v)))
+        lse = lse_to_caller(spec, _like(xp, lse, (*lead, 1)))
+        found = {"out": out, "lse": xp.cast(lse, spec.compute)}
+
+        def tiles() -> Arrays:
+            return chunked(xp, spec, data | inputs, RESULTS)
+
+        return _trusted(xp, spec, self.causal, found, tiles)
 
     def tangent(
         self,
@@ -201,7 +207,8 @@ class Native(Operation):
             return forward.cotangent(apply, spec, data, inputs, exact, cotangents, wanted)
         known = {name: outputs[name] for name in RESULTS}
         bars = as_cotangents({"out": cotangents["out"]})
-        return apply(NativeBackward(self.kernel, wanted), spec, data | known, inputs | bars)
+        backward = NativeBackward(self.kernel, self.causal, self.scale, wanted)
+        return apply(backward, spec, data | known, inputs | bars)
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,8 @@ class NativeBackward(Operation):
     """The gradients of query, key and value by a kernel, from that of `out`."""
 
     kernel: Any
+    causal: bool
+    scale: float
     wanted: Names
 
     @property
@@ -223,28 +232,26 @@ class NativeBackward(Operation):
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
         arrays = data | inputs
-        problem = Problem(xp, spec, arrays)
-        call = plain(problem, arrays)
-        out, d_out = (_four(xp, problem.tokens(arrays[name])) for name in ("out", "d_out"))
-        lse = xp.reshape(arrays["lse"], (*out.shape[:-1],))
-        found = dict(zip(TOKENS, self.kernel.backward(call, out, lse, d_out), strict=True))
-        found = {
-            name: problem.gradient(name, self._unfold(problem, name, found[name]))
-            for name in self.wanted
-        }
+        call = _plain(xp, spec, inputs, self.causal, self.scale)
+        shape = (*call.query.shape[:-1], spec.d_v)
+        out, d_out = (_like(xp, _four(xp, spec, arrays[name]), shape) for name in ("out", "d_out"))
+        lse = _like(xp, arrays["lse"], shape[:-1])
+        gradients = dict(zip(TOKENS, self.kernel.backward(call, out, lse, d_out), strict=True))
+        found = {}
+        for name in self.wanted:
+            heads = spec.heads if name == "query" else spec.key_heads
+            rows = spec.n_q if name == "query" else spec.n_k
+            shape = (*spec.batch, heads, rows, inputs[name].shape[-1])
+            found[name] = out_to_caller(xp, spec, _like(xp, gradients[name], shape))
 
         def tiles() -> Arrays:
             exact = chunked(xp, spec, arrays, Forward().with_residuals(spec).outputs)
-            zero = {"d_lse": xp.zeros_like(arrays["lse"])}
-            gradients = backward(xp, spec, arrays | results(exact) | zero, self.wanted)
-            return dict(zip(self.wanted, gradients, strict=True))
+            more = results(exact) | {"d_lse": xp.zeros_like(arrays["lse"])}
+            return dict(
+                zip(self.wanted, backward(xp, spec, arrays | more, self.wanted), strict=True)
+            )
 
-        return _trusted(problem, call, found, tiles)
-
-    @staticmethod
-    def _unfold(problem: Problem, name: str, x: Array) -> Array:
-        heads = problem.spec.heads if name == "query" else problem.spec.key_heads
-        return problem.xp.reshape(x, (*problem.spec.batch, heads, *x.shape[-2:]))
+        return _trusted(xp, spec, self.causal, found, tiles)
 
     def _exact(
         self, apply: Apply, spec: Spec, data: dict[str, Any], inputs: Arrays

@@ -47,7 +47,8 @@ def combine(xp: Any, one: Summary, two: Summary) -> Summary:
 def finish(xp: Any, summary: Summary) -> tuple[Array, Array]:
     """Return ``(out, lse)``, lse of shape (…, h, n_q, 1); queries without a key get 0 and -inf."""
     acc, total, top = summary
-    return acc / nonzero(xp, total), log_sum(xp, total, top)
+    divisor = nonzero(xp, total)
+    return acc / divisor, log_sum(xp, total, top, divisor)
 
 
 def nonzero(xp: Any, total: Array) -> Array:
@@ -55,10 +56,10 @@ def nonzero(xp: Any, total: Array) -> Array:
     return xp.where(total == 0, xp.ones_like(total), total)
 
 
-def log_sum(xp: Any, total: Array, top: Array) -> Array:
-    """Return ``log(total) + top``, -inf where `total` is 0."""
+def log_sum(xp: Any, total: Array, top: Array, divisor: Array) -> Array:
+    """Return ``log(total) + top``, -inf where `total` is 0; `divisor` is ``nonzero(total)``."""
     nothing = xp.new(top, (), -float("inf"), top.dtype)
-    return xp.where(total == 0, nothing, top + xp.log(nonzero(xp, total)))
+    return xp.where(total == 0, nothing, top + xp.log(divisor))
 
 
 def rounding(xp: Any, summary: Summary, lse: Array) -> Array:

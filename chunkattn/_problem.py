@@ -23,8 +23,8 @@ def swap_layout(xp: Any, x: Array) -> Array:
 def to_heads(xp: Any, form: Any, out: Array, lse: Array) -> tuple[Array, Array]:
     """Return ``(out, lse)`` of a caller as (…, h, n, d_v) and (…, h, n, 1)."""
     if form.headless:
-        return out[None, ...], lse[None, ..., None]
-    return (swap_layout(xp, out) if form.layout == "nhd" else out), lse[..., None]
+        lse = lse[None, ...]
+    return heads_first(xp, form, out), lse[..., None]
 
 
 def out_to_caller(xp: Any, form: Any, out: Array) -> Array:
@@ -37,6 +37,13 @@ def out_to_caller(xp: Any, form: Any, out: Array) -> Array:
 def lse_to_caller(form: Any, lse: Array) -> Array:
     """Undo `to_heads` for `lse`."""
     return lse[0, ..., 0] if form.headless else lse[..., 0]
+
+
+def heads_first(xp: Any, form: Any, x: Array) -> Array:
+    """Return an array of a caller's axes as (…, h, n, width)."""
+    if form.headless:
+        return x[None, ...]
+    return swap_layout(xp, x) if form.layout == "nhd" else x
 
 
 class Problem:
@@ -69,11 +76,7 @@ class Problem:
 
     def tokens(self, x: Array) -> Array:
         """Return an array of the caller's axes as (…, h, n, width)."""
-        if self.spec.headless:
-            x = x[None, ...]
-        elif self.spec.layout == "nhd":
-            x = swap_layout(self.xp, x)
-        return self.aligned(x)
+        return self.aligned(heads_first(self.xp, self.spec, x))
 
     def outputs(self, names: tuple[str, ...] = ("out", "lse")) -> dict[str, Array]:
         """Return new arrays for results by name.

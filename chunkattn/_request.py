@@ -50,7 +50,41 @@ class Request:
         return found
 
 
-def make_request(
+_PLAIN = (type(None), bool, int, float, str)
+_KEPT: dict[Any, Request] = {}  # by what they are made of, without their arrays
+_MOST = 256
+
+
+def make_request(query: Array, key: Array, value: Array, **given: Any) -> Request:
+    """Check every argument of `attention` and put the call into its canonical form.
+
+    A call without further arrays, masks or functions is checked once for its shapes and keywords:
+    small calls would take longer to check than to compute.
+    """
+    if any(type(x) not in _PLAIN for x in given.values()):
+        return _checked(query, key, value, **given)
+    tokens = {"query": query, "key": key, "value": value}
+    xp = common_adapter(tuple(tokens.items()))
+    device = xp.device(query)
+    if device is None:  # it may be any
+        return _checked(query, key, value, **given)
+    inputs = xp.promoted(tokens)
+    made_of = (
+        xp,
+        device,
+        tuple((tuple(x.shape), x.dtype) for x in inputs.values()),
+        tuple((type(x), x) for x in given.values()),
+    )
+    request = _KEPT.get(made_of)
+    if request is None:
+        request = _checked(query, key, value, **given)
+        if len(_KEPT) >= _MOST:
+            _KEPT.clear()
+        _KEPT[made_of] = replace(request, inputs={})
+    return replace(request, inputs=inputs)
+
+
+def _checked(
     query: Array,
     key: Array,
     value: Array,
@@ -73,7 +107,7 @@ def make_request(
     implementation: str,
     streamed: bool = False,
 ) -> Request:
-    """Check every argument of `attention` and put the call into its canonical form.
+    """Do the work of `make_request`.
 
     A call for a stream has no sinks, which count once at its end, and keeps the compute dtype.
     """
@@ -107,6 +141,9 @@ def make_request(
         ("key_offset", key_offset, shapes.n_k),
     ):
         check_positions(xp, name, first, n)
+    known = isinstance(offset, int) and isinstance(key_offset, int)
+    if known and offset - key_offset >= shapes.n_k - 1:  # every query sees every key
+        masks = tuple(m for m in masks if not isinstance(m, Causal))
     data = {"query_offset": offset, "key_offset": key_offset}
     inputs = {**tokens}
     size = schedule(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from math import prod
 from typing import Any
@@ -52,7 +53,7 @@ class Spec(Shapes):
         """Whether functions of the caller run inside, which may hold anything."""
         return self.score_mod is not None or any(isinstance(m, Predicate) for m in self.masks)
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """How many blocks there are."""
         return prod(-(-n // size) for n, size in zip(self.lead, self.schedule.block, strict=True))
@@ -95,8 +96,8 @@ def schedule(
     """
     limits = [limit for mask in masks if (limit := mask.tile_limit) is not None]
     limits += [512] if score_mod is not None else []
-    *sizes, elements = xp.tile_sizes(query)
-    rows, cols = (min([size, *limits]) for size in sizes)
+    *sizes, elements, least = xp.tile_sizes(query)
+    rows, cols = (min([size, *(max(least, limit) for limit in limits)]) for size in sizes)
     if not limits:
         area, width = rows * cols, max(1, 2 * shapes.d_v)  # of what is read for a row or a column
         rows = max(rows, area // max(shapes.n_k, width))

@@ -34,10 +34,11 @@ def standard(
     weights = xp.exp(s - top)
     total = total * xp.exp(before - top)
     total += xp.sum(weights, axis=-1, keepdims=True, dtype=weights.dtype)
-    out = gather(tile, weights / nonzero(xp, total), tile.value)
+    divisor = nonzero(xp, total)
+    out = gather(tile, weights / divisor, tile.value)
     if done is not None:
         done()
-    lse = log_sum(xp, total, top)
+    lse = log_sum(xp, total, top, divisor)
     found = {"out": xp.cast(out, spec.dtype), "lse": lse, "exact": out}
     if "low" in names:
         found["low"] = rounding(xp, (out, total, top), lse)

@@ -46,8 +46,12 @@ def derivative(lib, way, mode, **kwargs):
     if library is None:
         own = {"chunked": _by_name, "textbook": by_hand}[way]
         return partial(own, mode, **kwargs)
-    function = textbook if way == "textbook" else partial(attention, implementation=way)
+    function = textbook if way == "textbook" else partial(_attention, implementation=way)
     return partial(BY_LIBRARY[library], partial(function, **kwargs), mode)
+
+
+def _attention(query, key, value, bias=None, **kwargs):
+    return attention(query, key, value, bias=bias, **kwargs)
 
 
 def _named(xs):
