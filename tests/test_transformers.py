@@ -135,7 +135,7 @@ def test_embeddings_of_sentences(transformers):
         return torch.nn.functional.normalize((out * weights).sum(1) / weights.sum(1))
 
     ours, theirs = embeddings("chunkattn"), embeddings("eager")
-    same(ours, theirs, 1e-5)
+    same(ours, theirs, 2e-6)
     likeness = ours @ ours.T
     assert likeness[0, 1] > 0.3 > likeness[0, 2]
 
