@@ -7,6 +7,7 @@ from typing import Any
 
 from ._adapters import common_adapter
 from ._attention import attention
+from ._interop_flax import flax_attention_fn
 from ._interop_jax import dot_product_attention
 from ._interop_transformers import register_transformers
 from ._shapes import broadcast, is_float, shapes_of
@@ -16,6 +17,7 @@ Array = Any
 
 __all__ = [
     "dot_product_attention",
+    "flax_attention_fn",
     "flex_attention",
     "register_transformers",
     "scaled_dot_product_attention",
