@@ -7,13 +7,21 @@ from typing import Any
 
 from ._adapters import common_adapter
 from ._attention import attention
+from ._interop_flax import flax_attention_fn
 from ._interop_jax import dot_product_attention
+from ._interop_transformers import register_transformers
 from ._shapes import broadcast, is_float, shapes_of
 from .masks import Predicate
 
 Array = Any
 
-__all__ = ["dot_product_attention", "flex_attention", "scaled_dot_product_attention"]
+__all__ = [
+    "dot_product_attention",
+    "flax_attention_fn",
+    "flex_attention",
+    "register_transformers",
+    "scaled_dot_product_attention",
+]
 
 
 def scaled_dot_product_attention(

@@ -22,6 +22,7 @@ from chunkattn import OnlineAttention, attention, merge
 PACKAGE = Path(chunkattn.__file__).parent
 BACKENDS = Path(import_module("chunkattn.backends").__file__).parent
 FRAMEWORKS = ("numpy", "torch", "jax", "cupy", "dask", "tqdm", "matplotlib", "threadpoolctl")
+FRAMEWORKS += ("flax", "transformers")
 
 PREAMBLE = f"""
 import sys
@@ -57,7 +58,9 @@ def run(code, **env):
 # What is imported, and when
 
 
-@pytest.mark.parametrize("module", ["chunkattn", "chunkattn.masks", "chunkattn.backends"])
+@pytest.mark.parametrize(
+    "module", ["chunkattn", "chunkattn.masks", "chunkattn.interop", "chunkattn.backends"]
+)
 def test_import_loads_no_framework(module):
     run(f"""
         import {module}
@@ -238,6 +241,10 @@ def imports_of(path):
             yield node.level, node.module or "", id(node) in inside
 
 
+# What a drop-in imports of the library that calls it, inside of its functions.
+PEERS = {"_interop_transformers": {"transformers"}, "_interop_flax": {"jax"}}
+
+
 def own_modules(folder):
     return sorted(p for p in folder.rglob("*.py") if folder != PACKAGE or BACKENDS not in p.parents)
 
@@ -270,9 +277,9 @@ def test_the_algorithm_imports_no_framework(path):
         if level:
             assert level <= depth, f"{path.name} imports from beyond the package"
         else:
-            allowed = {"array_api_compat", *sys.stdlib_module_names} | (
-                {"tqdm"} if inside else set()
-            )
+            allowed = {"array_api_compat", *sys.stdlib_module_names}
+            if inside:
+                allowed |= PEERS.get(path.stem, {"tqdm"})
             assert root in allowed, f"{path.name} imports {module}"
 
 
