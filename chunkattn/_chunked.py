@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from ._loops import over_keys, over_queries
-from ._partial import Summary, finish, rounding
+from ._partial import Summary, log_sum, nonzero, rounding
 from ._problem import Problem
 from ._scores import gather, scores
 from ._spec import Spec
@@ -39,9 +39,16 @@ def chunked(
 def _attend_queries(rows: Rows, outputs: dict[str, Array]) -> dict[str, Array]:
     """Write the results of one chunk of queries into `outputs`."""
     xp = rows.xp
-    step = partial(_attend_chunk, rows.workspace())
-    summary = over_keys(rows, step, rows.nothing())
-    out, lse = finish(xp, summary)
+    workspace, only = rows.workspace(), rows.only_tile()
+    if only is None:
+        summary = over_keys(rows, partial(_attend_chunk, workspace), rows.nothing())
+    else:
+        lowest = float(xp.finfo(rows.query.dtype).min)
+        summary = _summarize(only, workspace, xp.new(rows.query, (), lowest, rows.query.dtype))
+    out, total, top = summary
+    divisor = nonzero(xp, total)
+    out /= divisor
+    lse = log_sum(xp, total, top, divisor)
     results = {"out": out, "lse": lse, "exact": out}
     if "low" in outputs:
         results["low"] = rounding(xp, summary, lse)
@@ -51,12 +58,20 @@ def _attend_queries(rows: Rows, outputs: dict[str, Array]) -> dict[str, Array]:
 def _attend_chunk(workspace: Array | None, tile: Tile, summary: Summary) -> Summary:
     """Return the summary with one more chunk of keys in it."""
     acc, total, top = summary
+    more, more_total, new = _summarize(tile, workspace, top)
+    shrink = tile.xp.exp(top - new)
+    total *= shrink
+    total += more_total
+    acc *= shrink
+    acc += more
+    return acc, total, new
+
+
+def _summarize(tile: Tile, workspace: Array | None, top: Array) -> Summary:
+    """Return the summary of one chunk of keys, with no maximum below `top`."""
     xp = tile.xp
     s = scores(tile, workspace)
-    new = xp.maximum(top, xp.max(s, axis=-1, keepdims=True))
-    weights, shrink = xp.exp_difference(s, new), xp.exp(top - new)
-    total *= shrink
-    total += xp.sum(weights, axis=-1, keepdims=True, dtype=weights.dtype)
-    acc *= shrink
-    acc += gather(tile, weights, tile.value)
-    return acc, total, new
+    top = xp.maximum(top, xp.max(s, axis=-1, keepdims=True))
+    weights = xp.exp_difference(s, top)
+    total = xp.sum(weights, axis=-1, keepdims=True, dtype=weights.dtype)
+    return gather(tile, weights, tile.value), total, top

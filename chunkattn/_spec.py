@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -47,6 +47,13 @@ class Spec(Shapes):
     masks: tuple[Mask, ...]  # without their arrays
     schedule: Schedule
     standard: bool = False
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        return self._hash  # asked for by every call
 
     @property
     def calls_back(self) -> bool:

@@ -76,11 +76,12 @@ class Rows:
 
     def written(self, outputs: dict[str, Array], results: dict[str, Array]) -> dict[str, Array]:
         """Return `outputs` with the `results` of these queries in them, cast to their dtypes."""
-        xp = self.xp
-        return {
-            name: xp.write(x, xp.cast(results[name], x.dtype), self.heads, self.start)
-            for name, x in outputs.items()
-        }
+        xp, spec = self.xp, self.problem.spec
+        found = {}
+        for name, x in outputs.items():
+            result = xp.cast(results[name], spec.dtype if name == "out" else spec.compute)
+            found[name] = result if x is None else xp.write(x, result, self.heads, self.start)
+        return found
 
     def once(self, x: Array) -> Array:
         """Return `x` (…, size, width) with 0 for the queries that an earlier chunk has had."""
@@ -121,6 +122,13 @@ class Rows:
             return acc, total, top
         sink_total, sink_top = of_sinks(xp, sinks[self.heads[-1]], spec.compute)
         return acc, total + sink_total, xp.maximum(top, sink_top)
+
+    def only_tile(self) -> Tile | None:
+        """Return the tile of these queries if there is one, seen whole, and nothing beside it."""
+        spec = self.problem.spec
+        if self.problem.masks or self.problem.sinks is not None:
+            return None
+        return Tile(self, 0, spec.n_k, False) if 0 < spec.n_k <= spec.schedule.key_chunk else None
 
     def grouped(self, x: Array) -> Array:
         """Stack the rows of the query heads that share a key head: one product serves them."""
