@@ -16,6 +16,7 @@ here written with the standard alone (2021.12 and later):
 ``workspace``         memory that `matmul` may write to again and again, or None
 ``matmul``            the product in the dtype of its operands, which have the compute dtype
 ``exp_difference``    ``exp(x - y)``; may overwrite `x`
+``weigh``             the softmax of rows of scores, up to a factor for each
 ``hide``              masking; may overwrite its argument
 ``maximum``           the larger of two arrays, element by element (standard since 2023.12)
 ``index_dtype``       the dtype of positions
@@ -172,6 +173,16 @@ class Adapter:
     def exp_difference(self, x: Array, y: Array) -> Array:
         """Return ``exp(x - y)``; `x` may be overwritten."""
         return self.exp(x - y)
+
+    def weigh(self, s: Array, top: Array) -> tuple[Array, Array | None, Array, Array]:
+        """Return ``(weights, factor, total, top)`` of the rows of scores, which may be overwritten.
+
+        `top` is the larger of what it was and the largest score, ``weights * factor`` (without a
+        factor: the weights) is ``exp(s - top)``, and `total` is the sum of that.
+        """
+        top = self.maximum(top, self.max(s, axis=-1, keepdims=True))
+        weights = self.exp_difference(s, top)
+        return weights, None, self.sum(weights, axis=-1, keepdims=True, dtype=s.dtype), top
 
     def hide(self, x: Array, allowed: Array, fill: float) -> Array:
         """Return `x` with `fill` where not `allowed`; `x` may be overwritten."""

@@ -69,9 +69,8 @@ def _attend_chunk(workspace: Array | None, tile: Tile, summary: Summary) -> Summ
 
 def _summarize(tile: Tile, workspace: Array | None, top: Array) -> Summary:
     """Return the summary of one chunk of keys, with no maximum below `top`."""
-    xp = tile.xp
-    s = scores(tile, workspace)
-    top = xp.maximum(top, xp.max(s, axis=-1, keepdims=True))
-    weights = xp.exp_difference(s, top)
-    total = xp.sum(weights, axis=-1, keepdims=True, dtype=weights.dtype)
-    return gather(tile, weights, tile.value), total, top
+    weights, factor, total, top = tile.xp.weigh(scores(tile, workspace), top)
+    acc = gather(tile, weights, tile.value)
+    if factor is not None:
+        acc *= factor
+    return acc, total, top
