@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,7 +31,8 @@ def about(command, arguments):
     return "\n".join(
         [
             f"- Command: `{f'{command} {options}'.strip()}`",
-            f"- Machine: {processor()}, {os.cpu_count()} cores, {platform.system()}",
+            f"- Machine: {', '.join([processor(), *gpus()])}, {os.cpu_count()} cores, "
+            f"{platform.system()}",
             f"- Python {platform.python_version()}, {', '.join(versions())}",
         ]
     )
@@ -54,6 +58,14 @@ def processor():
     return platform.processor() or platform.machine()
 
 
+def gpus():
+    """Return the names of the GPUs that NVIDIA's driver tells."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+
+
 def versions():
     """Yield name and version of each library that is installed."""
     for name in LIBRARIES:
@@ -61,3 +73,6 @@ def versions():
             yield f"{name} {version(name)}"
         except PackageNotFoundError:
             continue
+    cupy = sys.modules.get("cupy")
+    if cupy is not None:
+        yield f"cupy {cupy.__version__}"
