@@ -24,6 +24,10 @@ class Adapter(InPlace):
         """CuPy's floating dtypes; it has no bfloat16."""
         return {name: cp.dtype(name) for name in ("float16", "float32", "float64")}
 
+    def device(self, x: Array) -> Any:
+        """Return the number of the device that holds `x`."""
+        return x.device.id
+
     def tile_sizes(self, like: Array) -> TileSizes:
         """Return the sizes for GPUs."""
         return OF_GPU

@@ -299,10 +299,10 @@ class Adapter:
         `call` has arrays `query`, `key`, `value` of shape (b, h, n, d), perhaps with fewer heads of
         key and value, the boolean `causal`, and the float `scale`.  A kernel is hashable and has
 
-        ``forward(call)``
-            returns ``(out, lse)``, lse of shape (b, h, n_q)
+        ``forward(call, want_lse)``
+            returns ``(out, lse)``, lse of shape (b, h, n_q) or None
         ``backward(call, out, lse, d_out)``
-            returns the gradients of query, key and value
+            returns the gradients of query, key and value; `lse` is None unless ``needs_lse``
         """
         return None, False, f"{self.name} has no attention of its own"
 

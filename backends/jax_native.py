@@ -55,18 +55,20 @@ def _attend(
 class Kernel:
     """cuDNN's on a call's ``(query, key, value, causal, scale)``."""
 
+    needs_lse = False
+
     def __repr__(self) -> str:
         return "cuDNN"
 
     @staticmethod
-    def forward(call: Any) -> tuple[Array, Array]:
+    def forward(call: Any, want_lse: bool) -> tuple[Array, Array | None]:
         """Return ``(out, lse)``."""
-        given = {"causal": call.causal, "scale": call.scale, "return_residual": True}
-        found: tuple[Array, Array] = _attend(call.query, call.key, call.value, **given)
-        return found
+        given = {"causal": call.causal, "scale": call.scale, "return_residual": want_lse}
+        found = _attend(call.query, call.key, call.value, **given)
+        return found if want_lse else (found, None)
 
     @staticmethod
-    def backward(call: Any, out: Array, lse: Array, d_out: Array) -> tuple[Array, Array, Array]:
+    def backward(call: Any, out: Array, lse: None, d_out: Array) -> tuple[Array, Array, Array]:
         """Return the gradients of query, key and value, by way of another forward pass."""
         given = {"causal": call.causal, "scale": call.scale, "return_residual": False}
         attend = functools.partial(_attend, **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import count
@@ -158,6 +159,10 @@ class Operation(torch.autograd.Function):  # type: ignore[misc]
         ]
         stacked = tuple(map(torch.stack, zip(*results, strict=True)))
         return stacked, (0,) * len(stacked)
+
+
+# PyTorch asks for it at each call; it takes long to find out.
+Operation.forward.__signature__ = inspect.signature(Operation.forward)  # type: ignore[attr-defined]
 
 
 def _saved(ctx: Any) -> tuple[dict[str, Any], dict[str, Array], dict[str, Array]]:

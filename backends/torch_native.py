@@ -7,7 +7,8 @@ these are the operators that it calls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -17,12 +18,20 @@ from .generic import Array
 aten = torch.ops.aten
 
 
-class Kernel(NamedTuple):
+@dataclass(frozen=True)
+class Kernel:
     """A kernel by name, on a call's ``(query, key, value, causal, scale)``."""
 
     name: str
-    forward: Callable[[Any], tuple[Array, Array]]  # out, lse
+    attend: Callable[[Any], tuple[Array, Array]]  # out, lse
     backward: Callable[[Any, Array, Array, Array], tuple[Array, Array, Array]]
+
+    needs_lse: ClassVar = True
+
+    def forward(self, call: Any, want_lse: bool) -> tuple[Array, Array | None]:
+        """Return ``(out, lse)``; `lse` comes with it anyway."""
+        out, lse = self.attend(call)
+        return out, lse if want_lse else None
 
     def __repr__(self) -> str:
         return self.name

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 from ._calculus import (
     RESULTS,
@@ -31,7 +30,8 @@ from ._calculus import (
 )
 from ._chunked import chunked
 from ._derivatives import backward
-from ._problem import TOKENS, heads_first, lse_to_caller, out_to_caller
+from ._plain import four, like, plain
+from ._problem import TOKENS, lse_to_caller, out_to_caller
 from ._request import Request
 from ._spec import Spec
 from .masks import Causal
@@ -39,16 +39,6 @@ from .masks import Causal
 Array = Any
 
 log = logging.getLogger(__package__)
-
-
-class Plain(NamedTuple):
-    """A call that kernels know: arrays (b, h, n, d), perhaps fewer heads of key and value."""
-
-    query: Array
-    key: Array
-    value: Array
-    causal: bool  # with query 0 and key 0 at the same position
-    scale: float
 
 
 def operation(request: Request, implementation: str, *, return_lse: bool, reports: bool) -> Any:
@@ -71,7 +61,7 @@ def operation(request: Request, implementation: str, *, return_lse: bool, report
             return Forward()
     log.debug("native (%s): %s", kernel, why)
     causal, scale = _causal(request.spec, request.data), request.data["scale"]
-    return Native(kernel, bool(causal), scale, () if return_lse else ("lse",))
+    return Native(kernel, bool(causal), scale, return_lse)
 
 
 def _kernel(request: Request) -> tuple[Any, bool, str]:
@@ -86,7 +76,7 @@ def _kernel(request: Request) -> tuple[Any, bool, str]:
         return None, False, why
     if batches.count(batches[0]) < len(batches):
         return None, False, "the batch axes have to be broadcast"
-    found: tuple[Any, bool, str] = xp.kernel(_plain(xp, spec, inputs, bool(causal), data["scale"]))
+    found: tuple[Any, bool, str] = xp.kernel(plain(xp, spec, inputs, bool(causal), data["scale"]))
     return found
 
 
@@ -117,24 +107,6 @@ def _causal(spec: Spec, data: dict[str, Any]) -> bool | None:
     return True if aligned and spec.n_q == spec.n_k else None
 
 
-def _plain(xp: Any, spec: Spec, inputs: Arrays, causal: bool, scale: float) -> Plain:
-    """Return a call in the terms of kernels."""
-    query, key, value = (_four(xp, spec, inputs[name]) for name in TOKENS)
-    if spec.group > 1 and not causal:  # the queries of a group are as good as queries of one head
-        query = _like(xp, query, (*key.shape[:2], spec.group * spec.n_q, query.shape[-1]))
-    return Plain(query, key, value, causal, scale)
-
-
-def _four(xp: Any, spec: Spec, x: Array) -> Array:
-    """Return an array with the caller's axes as (b, h, n, width)."""
-    x = heads_first(xp, spec, x)
-    return _like(xp, x, (prod(spec.batch), *x.shape[-3:]))
-
-
-def _like(xp: Any, x: Array, shape: tuple[int, ...]) -> Array:
-    return x if tuple(x.shape) == shape else xp.reshape(x, shape)
-
-
 def _trusted(
     xp: Any, spec: Spec, causal: bool, found: Arrays, tiles: Callable[[], Arrays]
 ) -> Arrays:
@@ -148,31 +120,45 @@ def _trusted(
 
 @dataclass(frozen=True)
 class Native(Operation):
-    """``(out, lse)`` by a kernel; `residuals` has "lse" where no derivative is asked of it."""
+    """`out` by a kernel, and `lse` where it is asked for, or as a residual for the gradients."""
 
     kernel: Any
     causal: bool
     scale: float
-    residuals: Names
+    return_lse: bool
+    residuals: Names = ()
 
     keeps_outputs = True
-    outputs = RESULTS
+
+    @property
+    def outputs(self) -> Names:
+        """The names of the results."""
+        return RESULTS[: 1 + self.return_lse] + self.residuals
+
+    def with_residuals(self, spec: Spec) -> Native:
+        """Return the operation to call where a rule may be called later."""
+        needed = self.kernel.needs_lse and not self.return_lse
+        return replace(self, residuals=("lse",) if needed else ())
 
     def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
         """As those of `Forward`."""
-        return Forward().shapes(spec, data, inputs)
+        found = Forward().shapes(spec, data, inputs)
+        return {name: found[name] for name in self.outputs}
 
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
-        call = _plain(xp, spec, inputs, self.causal, self.scale)
-        out, lse = self.kernel.forward(call)
+        call = plain(xp, spec, inputs, self.causal, self.scale)
+        names = self.outputs
+        out, lse = self.kernel.forward(call, "lse" in names)
         lead = (*spec.batch, spec.heads, spec.n_q)
-        out = out_to_caller(xp, spec, _like(xp, out, (*lead, spec.d_v)))
-        lse = lse_to_caller(spec, _like(xp, lse, (*lead, 1)))
-        found = {"out": out, "lse": xp.cast(lse, spec.compute)}
+        out = out_to_caller(xp, spec, like(xp, out, (*lead, spec.d_v)))
+        found = {"out": out}
+        if lse is not None:
+            lse = lse_to_caller(spec, like(xp, lse, (*lead, 1)))
+            found["lse"] = xp.cast(lse, spec.compute)
 
         def tiles() -> Arrays:
-            return chunked(xp, spec, data | inputs, RESULTS)
+            return chunked(xp, spec, data | inputs, names)
 
         return _trusted(xp, spec, self.causal, found, tiles)
 
@@ -201,11 +187,11 @@ class Native(Operation):
         wanted: Names,
     ) -> Arrays:
         """Return the gradients by the kernel, or by tiles where `lse` takes part."""
-        if not self.residuals:
+        if self.return_lse:
             forward = Forward().with_residuals(spec)
             exact = apply(forward, spec, data, inputs)
             return forward.cotangent(apply, spec, data, inputs, exact, cotangents, wanted)
-        known = {name: outputs[name] for name in RESULTS}
+        known = {name: outputs[name] for name in RESULTS if name in outputs}
         bars = as_cotangents({"out": cotangents["out"]})
         backward = NativeBackward(self.kernel, self.causal, self.scale, wanted)
         return apply(backward, spec, data | known, inputs | bars)
@@ -232,21 +218,21 @@ class NativeBackward(Operation):
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
         arrays = data | inputs
-        call = _plain(xp, spec, inputs, self.causal, self.scale)
+        call = plain(xp, spec, inputs, self.causal, self.scale)
         shape = (*call.query.shape[:-1], spec.d_v)
-        out, d_out = (_like(xp, _four(xp, spec, arrays[name]), shape) for name in ("out", "d_out"))
-        lse = _like(xp, arrays["lse"], shape[:-1])
+        out, d_out = (like(xp, four(xp, spec, arrays[name]), shape) for name in ("out", "d_out"))
+        lse = like(xp, arrays["lse"], shape[:-1]) if "lse" in arrays else None
         gradients = dict(zip(TOKENS, self.kernel.backward(call, out, lse, d_out), strict=True))
         found = {}
         for name in self.wanted:
             heads = spec.heads if name == "query" else spec.key_heads
             rows = spec.n_q if name == "query" else spec.n_k
             shape = (*spec.batch, heads, rows, inputs[name].shape[-1])
-            found[name] = out_to_caller(xp, spec, _like(xp, gradients[name], shape))
+            found[name] = out_to_caller(xp, spec, like(xp, gradients[name], shape))
 
         def tiles() -> Arrays:
             exact = chunked(xp, spec, arrays, Forward().with_residuals(spec).outputs)
-            more = results(exact) | {"d_lse": xp.zeros_like(arrays["lse"])}
+            more = results(exact) | {"d_lse": xp.zeros_like(exact["lse"])}
             return dict(
                 zip(self.wanted, backward(xp, spec, arrays | more, self.wanted), strict=True)
             )

@@ -85,7 +85,8 @@ class Problem:
         dtype.  They are None where one task has all of the results.
         """
         spec = self.spec
-        if spec.tasks == 1 and spec.layout == "hnd" and 0 not in (*spec.lead, spec.n_q):
+        one = spec.blocks == 1 and spec.n_q == spec.schedule.query_chunk
+        if one and spec.layout == "hnd":
             return dict.fromkeys(names)
         shape = (*spec.batch, spec.heads, spec.n_q, 1)
         new = {

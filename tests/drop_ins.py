@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import libraries
 import numpy as np
 
 
@@ -29,6 +30,8 @@ def near(lib, ours, theirs, dtype=None, error=5e-6):
     dtype = dtype or lib.default
     assert lib.is_own(ours)
     assert ours.dtype == lib.dtype(dtype)
+    if lib.name in libraries.GPU and dtype in ("float16", "bfloat16"):
+        error = lib.eps(dtype)  # kernels round the weights to it
     np.testing.assert_allclose(lib.numpy(ours), theirs, rtol=lib.eps(dtype), atol=error)
 
 

@@ -1,0 +1,40 @@
+"""A call in the terms of the frameworks' own kernels."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, NamedTuple
+
+from ._problem import TOKENS, heads_first
+from ._spec import Spec
+
+Array = Any
+
+
+class Plain(NamedTuple):
+    """A call that kernels know: arrays (b, h, n, d), perhaps fewer heads of key and value."""
+
+    query: Array
+    key: Array
+    value: Array
+    causal: bool  # with query 0 and key 0 at the same position
+    scale: float
+
+
+def plain(xp: Any, spec: Spec, inputs: dict[str, Array], causal: bool, scale: float) -> Plain:
+    """Return a call in the terms of kernels."""
+    query, key, value = (four(xp, spec, inputs[name]) for name in TOKENS)
+    if spec.group > 1 and not causal:  # the queries of a group are as good as queries of one head
+        query = like(xp, query, (*key.shape[:2], spec.group * spec.n_q, query.shape[-1]))
+    return Plain(query, key, value, causal, scale)
+
+
+def four(xp: Any, spec: Spec, x: Array) -> Array:
+    """Return an array with the caller's axes as (b, h, n, width)."""
+    x = heads_first(xp, spec, x)
+    return like(xp, x, (prod(spec.batch), *x.shape[-3:]))
+
+
+def like(xp: Any, x: Array, shape: tuple[int, ...]) -> Array:
+    """Return `x` in this shape, itself where it has it."""
+    return x if tuple(x.shape) == shape else xp.reshape(x, shape)
