@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from .generic import Array
 
+IMPLEMENTATION = "cudnn"
+
 
 def choose(call: Any, platform: str) -> tuple[Kernel | None, bool, str]:
     """Return the kernel for a call or None, whether it beats tiles, and why."""
@@ -46,7 +48,7 @@ def _attend(
         *(jnp.swapaxes(x, 1, 2) for x in (query, key, value)),
         scale=scale,
         is_causal=causal,
-        implementation="cudnn",
+        implementation=IMPLEMENTATION,
         **({"return_residual": True} if return_residual else {}),
     )
     return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), found)

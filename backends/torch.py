@@ -58,7 +58,7 @@ class Adapter(generic.Adapter):
 
     def tile_sizes(self, like: Array) -> TileSizes:
         """Return the sizes for GPUs, or those for a CPU."""
-        return TileSizes(1024, 1024, 2**20, 1) if like.device.type == "cpu" else OF_GPU
+        return TileSizes(512, 512, 2**19, 1) if like.device.type == "cpu" else OF_GPU
 
     def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
         """Return a tensor of `shape` and `dtype` full of `fill`, on the device of `like`."""

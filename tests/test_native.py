@@ -24,6 +24,7 @@ chunked = partial(attention, implementation="chunked")
 KERNELS = {
     "torch": ("float16", "bfloat16", "float32", "float64"),
     "torch-cuda": ("float16", "bfloat16", "float32"),
+    "jax": ("float32",),
     "jax-cuda": ("float16", "bfloat16"),
 }
 
@@ -36,8 +37,18 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def owner(request):
-    """A library with kernels of its own."""
-    return libraries.library(request.param)
+    """A library with kernels of its own.
+
+    For JAX on a CPU its textbook attention plays the kernel, so that all around it is tested.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "jax":
+            from chunkattn.backends import jax_native
+
+            found = jax_native.CUDNN, True, "it is played"
+            patch.setattr(jax_native, "IMPLEMENTATION", "xla")
+            patch.setattr(jax_native, "choose", lambda call, platform: found)
+        yield libraries.library(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,8 @@ def dtypes(owner):
 
 def test_no_kernel(lib, rng):
     """A library without kernels says so, and one that has some says what they do not take."""
-    for dtype in set(lib.dtypes) - set(KERNELS.get(lib.name, ())):
+    kernels = () if lib.name == "jax" else KERNELS.get(lib.name, ())
+    for dtype in set(lib.dtypes) - set(kernels):
         arrays = [lib.asarray(rng.standard_normal((1, 2, 16, 8)), dtype) for _ in range(3)]
         with pytest.raises(NotImplementedError, match="implementation='native': "):
             lib.call(native, *arrays)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import quantiles
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, NamedTuple
 
 from ._bench_case import Case
@@ -18,6 +18,7 @@ Array = Any
 # the softmax of float64 in float32.
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 FEWEST_ROUNDS = 3
+_REST_SECONDS = 0.1  # BLAS's threads look out for more work, on all cores, for about so long
 _SAMPLE_SECONDS = 0.02  # what one sample takes at least: that of many calls where they are small
 
 
@@ -191,7 +192,8 @@ def _count(way: Way) -> int:
 
 
 def _sample(way: Way, count: int) -> float:
-    """Return the mean time of `count` calls."""
+    """Return the mean time of `count` calls, once the threads of the way before are at rest."""
+    sleep(_REST_SECONDS)
     with way.context():
         begin = perf_counter()
         for _ in range(count):
