@@ -16,6 +16,8 @@ RUN := $(VENV)/bin/python
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 RECORD := .capabilities/record.json
+# Of the last `make gpu` on a machine that has a GPU; copied by hand.
+GPU_RECORD := benchmarks/results/gpu-tests.json
 # The folders are listed too: their time tells that a file was removed.
 SOURCES := $(shell find chunkattn backends -name __pycache__ -prune -o -print)
 PYTEST := $(RUN) -m pytest -n $(WORKERS)
@@ -69,10 +71,10 @@ vendor-test: build/wheel/.installed  ## the package as a copied folder under ano
 		$(CURDIR)/build/vendored
 
 table: $(VENV)/.test  ## write the README's capability table from the last `make test`
-	$(RUN) tools/capabilities.py --write $(RECORD)
+	$(RUN) tools/capabilities.py --write $(RECORD) $(GPU_RECORD)
 
 check-table: $(VENV)/.test  ## fail where the README's capability table is not that of `make test`
-	$(RUN) tools/capabilities.py --check $(RECORD)
+	$(RUN) tools/capabilities.py --check $(RECORD) $(GPU_RECORD)
 
 clean:  ## remove everything that these targets make
 	rm -rf $(VENV) build dist docs/_build .capabilities *.egg-info denoised.png

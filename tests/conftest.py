@@ -60,6 +60,13 @@ def lib(request):
         yield library
 
 
+@pytest.fixture(scope="module")
+def quick(lib):
+    """For tests of many kinds of calls, each of which JAX compiles anew."""
+    with libraries.quick_compilation(lib):
+        yield
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(20211210)

@@ -33,6 +33,20 @@ def test_chunk_sizes(check, rng, rows, cols):
     check(*tokens(rng), query_chunk_size=rows, key_chunk_size=cols)
 
 
+def test_calls_alike(lib, rng):
+    """A call is checked although one of equal numbers was: 1 is not True."""
+    q, k, v = (lib.asarray(x) for x in tokens(rng, (2, 5, 4), (2, 5, 4)))
+    for _ in range(2):
+        lib.call(attention, q, k, v, causal=True, query_chunk_size=1)
+        for name, value in {"causal": 1, "query_chunk_size": True}.items():
+            with pytest.raises(TypeError, match=name):
+                lib.call(
+                    attention, q, k, v, **({"causal": True, "query_chunk_size": 1} | {name: value})
+                )
+        with pytest.raises(ValueError, match="key and value"):
+            lib.call(attention, q, k, v[:, :4, :], causal=True, query_chunk_size=1)
+
+
 @pytest.mark.feature("dtypes")
 def test_dtypes(lib, check, rng, implementation):
     for dtype in lib.dtypes:

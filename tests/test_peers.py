@@ -7,7 +7,6 @@ the dtype at hand, and `attention` answers with the same call on NumPy, PyTorch 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 
@@ -32,20 +31,8 @@ def pytest_generate_tests(metafunc):
 def library(request):
     """A library to call `attention` with; JAX may compile quickly rather than well."""
     lib = libraries.library(request.param)
-    with lib.active(), quick_compilation(lib):
+    with lib.active(), libraries.quick_compilation(lib):
         yield lib
-
-
-@contextmanager
-def quick_compilation(lib):
-    if not lib.name.startswith("jax"):
-        yield
-        return
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @dataclass(frozen=True)

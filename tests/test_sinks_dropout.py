@@ -8,6 +8,8 @@ import pytest
 from chunkattn import OnlineAttention, attention, merge
 from chunkattn._dropout import seed_words, threefry
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture
 def tokens(rng):

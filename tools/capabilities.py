@@ -38,15 +38,18 @@ Record = list[dict]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("record", type=Path, help="the JSON file that the suite wrote")
+    parser.add_argument(
+        "records", type=Path, nargs="+", help="the JSON files that the suite wrote, of one run each"
+    )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--write", action="store_true", help="put the table into the README")
     action.add_argument("--check", action="store_true", help="fail where the README has another")
     arguments = parser.parse_args()
-    if not arguments.record.is_file():
-        parser.error(f"there is no record {arguments.record}: make test writes it")
-    table = render(json.loads(arguments.record.read_text()))
+    for path in arguments.records:
+        if not path.is_file():
+            parser.error(f"there is no record {path}: make test writes it")
+    table = render([x for path in arguments.records for x in json.loads(path.read_text())])
     if not (arguments.write or arguments.check):
         print(table)
         return 0

@@ -177,9 +177,10 @@ def in_turns(
     for i in range(rounds):
         if i >= FEWEST_ROUNDS and perf_counter() > deadline:
             break
-        for name, (way, count) in calls.items():
-            samples[name].append(_sample(way, count))
         rates.append(gemm.operations / _sample(product, product_count))
+        first = i % len(calls)  # so that none always comes after the same other
+        for name in [*list(calls)[first:], *list(calls)[:first]]:
+            samples[name].append(_sample(*calls[name]))
     return samples, rates
 
 
@@ -195,6 +196,8 @@ def _sample(way: Way, count: int) -> float:
     """Return the mean time of `count` calls, once the threads of the way before are at rest."""
     sleep(_REST_SECONDS)
     with way.context():
+        if count > 1:
+            way.call()  # wakes its own threads
         begin = perf_counter()
         for _ in range(count):
             way.call()
