@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from contextlib import nullcontext
 from inspect import signature
 from pathlib import Path
 
@@ -54,17 +55,14 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def lib(request):
-    """A library under test, with its settings held."""
+    """A library under test, with its settings held.
+
+    A module of many kinds of calls, each of which JAX compiles anew, is `COMPILED_QUICKLY`.
+    """
     library = libraries.library(request.param)
-    with library.active():
+    quick = getattr(request.module, "COMPILED_QUICKLY", False)
+    with library.active(), libraries.quick_compilation(library) if quick else nullcontext():
         yield library
-
-
-@pytest.fixture(scope="module")
-def quick(lib):
-    """For tests of many kinds of calls, each of which JAX compiles anew."""
-    with libraries.quick_compilation(lib):
-        yield
 
 
 @pytest.fixture

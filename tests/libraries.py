@@ -238,12 +238,11 @@ def quick_compilation(lib):
         return
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 class JaxJit(Jax):

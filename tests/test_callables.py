@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 from chunkattn import attention
 from chunkattn.interop import flex_attention
 
-pytestmark = pytest.mark.usefixtures("quick")
+COMPILED_QUICKLY = True
 
 B, H, H_K, N, D = 2, 4, 2, 40, 8
 SIDE = 8  # of the picture whose N pixels the neighbourhood is of

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from chunkattn import attention, masks
 
-pytestmark = pytest.mark.usefixtures("quick")
+COMPILED_QUICKLY = True
 
 sizes = st.one_of(st.integers(0, 4), st.integers(1, 33))
 chunk = st.one_of(st.none(), st.integers(1, 40))

@@ -8,7 +8,7 @@ import pytest
 from chunkattn import OnlineAttention, attention, merge
 from chunkattn._dropout import seed_words, threefry
 
-pytestmark = pytest.mark.usefixtures("quick")
+COMPILED_QUICKLY = True
 
 
 @pytest.fixture

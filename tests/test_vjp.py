@@ -15,7 +15,7 @@ from test_sinks_dropout import kept
 from chunkattn import ScoreMod, attention_jvp, attention_vjp, masks
 from chunkattn._adapters import adapter_of
 
-pytestmark = pytest.mark.usefixtures("quick")
+COMPILED_QUICKLY = True
 
 B, H, H_K, N_Q, N_K = 2, 4, 2, 13, 17
 Q, K, V = (B, H, N_Q, 6), (B, H_K, N_K, 6), (B, H_K, N_K, 5)
