@@ -56,8 +56,6 @@ def choose(call: Any) -> tuple[Kernel | None, bool, str]:
     found = _KERNELS.get((device, number))
     if found is None:
         return None, False, "PyTorch has only its textbook attention for it"
-    if device == "cpu" and call.query.shape[-2] == 1:
-        return found, False, "tiles are faster for a single query"
     if device == "cpu" and call.query.dtype not in (torch.float32, torch.float64):
         return found, False, "tiles keep the weights in float32, and round once"
     return found, True, "as fast as PyTorch's attention is"
