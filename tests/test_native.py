@@ -63,6 +63,9 @@ def test_no_kernel(lib, rng):
         arrays = [lib.asarray(rng.standard_normal((1, 2, 16, 8)), dtype) for _ in range(3)]
         with pytest.raises(NotImplementedError, match="implementation='native': "):
             lib.call(native, *arrays)
+    arrays = [lib.asarray(rng.standard_normal((1, 2, 16, d))) for d in (8, 8, 4)]
+    with pytest.raises(NotImplementedError, match="implementation='native': "):
+        lib.call(native, *arrays)
 
 
 def tokens(lib, rng, dtype, n_q=64, n_k=64, heads=(4, 4), batch=(2,), d=16):
