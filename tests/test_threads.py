@@ -15,8 +15,12 @@ from chunkattn import attention
 
 
 def blas_threads():
-    info = threadpoolctl.threadpool_info()
-    return [library["num_threads"] for library in info if library["user_api"] == "blas"]
+    """Return the thread count of each BLAS.
+
+    `threadpoolctl.threadpool_info` tells them too, but sets them meanwhile to see what that does.
+    """
+    found = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    return [library.num_threads for library in found.lib_controllers]
 
 
 @pytest.fixture
