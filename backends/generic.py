@@ -16,6 +16,7 @@ here written with the standard alone (2021.12 and later):
 ``workspace``         memory that `matmul` may write to again and again, or None
 ``matmul``            the product in the dtype of its operands, which have the compute dtype
 ``exp_difference``    ``exp(x - y)``; may overwrite `x`
+``cap``               the softcap of scores; may overwrite its argument
 ``weigh``             the softmax of rows of scores, up to a factor for each
 ``hide``              masking; may overwrite its argument
 ``maximum``           the larger of two arrays, element by element (standard since 2023.12)
@@ -24,6 +25,7 @@ here written with the standard alone (2021.12 and later):
 ``smaller, larger``   of two loop bounds
 ``when``              a choice between two functions by a boolean array of no axes
 ``pieces``            how an axis is cut into chunks
+``at_once``           how many steps of `each` run at a time
 ``fold``              a loop that carries a state
 ``each``              a loop whose steps write to places that do not overlap
 ``promoted``          query, key and value in the dtype that a surrounding mode asks for
@@ -31,6 +33,10 @@ here written with the standard alone (2021.12 and later):
 ``lift``              a function of the caller's, with the arrays it captures as an argument
 ``pushforward``       the tangent of a score_mod on a tile
 ``pullback``          the gradients of a score_mod on a tile
+``watched``           whether derivatives by some arrays may be asked for
+``footprint``         what the library holds of its own beside the algorithm's arrays
+``compiled_bytes``    what a compiled call holds, where a library plans that ahead
+``stand_in``          calls a function with arrays of given shapes that take no memory
 ``kernel``            the library's own fused attention for a plain call
 ``run``               calls an algorithm that the library may differentiate by itself
 ``differentiable``    calls an operation that comes with rules for its derivatives
@@ -69,6 +75,37 @@ class TileSizes(NamedTuple):
     least: int
 
 
+class Footprint(NamedTuple):
+    """What a library holds beside the arrays that the algorithm names.
+
+    Attributes
+    ----------
+    weights : int
+        Arrays of the size of a tile beside its scores, while the softmax is taken.
+    inverses : int
+        Copies of a boolean mask that `hide` makes.
+    hashes : int
+        Arrays of 32-bit integers of the size of a tile, while dropout's hash is taken.
+    saved, exact : int
+        Arrays of the shape of `lse`, and of `out` where that is rounded, from forward to backward.
+    buffers : int
+        Numbers for each task: the library's own buffers.
+    objects : int
+        Bytes of a call: the objects of Python, where they count.
+    packed : int
+        Keys of a tile that matrix products copy, where a compiler's plan leaves that out.
+    """
+
+    weights: int = 3
+    inverses: int = 1
+    hashes: int = 4
+    saved: int = 3
+    exact: int = 1
+    buffers: int = 8_192
+    objects: int = 131_072
+    packed: int = 0
+
+
 # What fills a GPU, and is worth the time that the host takes for a tile.
 OF_GPU = TileSizes(8192, 8192, 2**26, 2048)
 
@@ -82,6 +119,8 @@ class Adapter:
     autodiff = False
     #: True where the library has fused attention kernels of its own
     has_kernels = False
+
+    footprint = Footprint()
 
     def __init__(self, namespace: Any) -> None:
         self.namespace = namespace
@@ -174,6 +213,10 @@ class Adapter:
         """Return ``exp(x - y)``; `x` may be overwritten."""
         return self.exp(x - y)
 
+    def cap(self, s: Array, softcap: float) -> Array:
+        """Return ``softcap * tanh(s / softcap)``; `s` may be overwritten."""
+        return self.tanh(s / softcap) * softcap
+
     def weigh(self, s: Array, top: Array) -> tuple[Array, Array | None, Array, Array]:
         """Return ``(weights, factor, total, top)`` of the rows of scores, which may be overwritten.
 
@@ -251,6 +294,34 @@ class Adapter:
             if done is not None:
                 done()
         return state
+
+    def at_once(self, count: int) -> int:
+        """Return how many of `count` steps of `each` run at a time."""
+        return min(count, 1)
+
+    def watched(self, arrays: Any) -> bool:
+        """Whether derivatives by some of the arrays in a nest may be asked for."""
+        return self.traced(arrays)
+
+    def compiled_bytes(self, function: Any, operation: Any, spec: Any, *arrays: Any) -> int | None:
+        """Return what ``function(self, operation, spec, *arrays)`` holds beside its results.
+
+        None where the library does not plan that ahead.
+        """
+        return None
+
+    def stand_in(
+        self, function: Callable[..., Any], like: Array, specs: list[tuple[Any, Any]]
+    ) -> Any:
+        """Return what `function` gives for arrays of these shapes and dtypes, beside `like`.
+
+        The arrays take no memory: all numbers of a column are one.
+        """
+        arrays = []
+        for shape, dtype in specs:
+            row = self.new(like, shape[-1:], 0.0, dtype)
+            arrays.append(self.broadcast_to(row, shape))
+        return function(*arrays)
 
     def promoted(self, tokens: dict[str, Array]) -> dict[str, Array]:
         """Return query, key and value in the dtype that a surrounding mode asks for."""

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from . import _threads, generic
-from .generic import Array, Index, State
+from .generic import Array, Footprint, Index, State
 
 
 class InPlace(generic.Adapter):
     """The verbs of libraries whose ufuncs take ``out``, on the ``library`` of the subclass."""
 
     library: Any
+    footprint = Footprint(weights=0, hashes=2)
 
     def device(self, x: Array) -> Any:
         """Where `x` lives."""
@@ -46,6 +47,13 @@ class InPlace(generic.Adapter):
         """Overwrite `x` with ``exp(x - y)``."""
         x -= y
         return self.library.exp(x, out=x)
+
+    def cap(self, s: Array, softcap: float) -> Array:
+        """Overwrite `s` with ``softcap * tanh(s / softcap)``."""
+        s /= softcap
+        self.library.tanh(s, out=s)
+        s *= softcap
+        return s
 
     def hide(self, x: Array, allowed: Array, fill: float) -> Array:
         """Overwrite `x` with `fill` where not `allowed`."""
@@ -80,6 +88,10 @@ class Adapter(InPlace):
                 f"attention would ignore; pass a plain array (numpy.asarray({name}))"
             )
 
+    def at_once(self, count: int) -> int:
+        """Return how many threads there are for `count` tasks."""
+        return min(count, _threads.share()) if count > 1 else count
+
     def each(
         self,
         step: Callable[[State, Index], State],
@@ -88,7 +100,7 @@ class Adapter(InPlace):
         done: Callable[[], None] | None = None,
     ) -> State:
         """Run the steps on as many threads as BLAS would use."""
-        threads = min(count, _threads.share()) if count > 1 else 1
+        threads = self.at_once(count)
         if threads < 2:
             return super().each(step, state, count, done)
 

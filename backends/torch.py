@@ -10,7 +10,7 @@ import torch
 
 from . import generic, torch_native
 from ._functions import of_floating
-from .generic import OF_GPU, Array, TileSizes
+from .generic import OF_GPU, Array, Footprint, TileSizes
 from .torch_autograd import Call, Lifted, Operation, Watch, computed, tensors_in
 
 
@@ -40,6 +40,7 @@ class Adapter(generic.Adapter):
     name = "torch"
     autodiff = True
     has_kernels = True
+    footprint = Footprint(weights=1, hashes=2, saved=4, exact=2, buffers=3_072, objects=0)
 
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer, the barely supported unsigned ones included."""
@@ -91,6 +92,10 @@ class Adapter(generic.Adapter):
         fused = _fused_exp_difference() if x.is_cuda else None
         return x.sub_(y).exp_() if fused is None else fused(x, y)
 
+    def cap(self, s: Array, softcap: float) -> Array:
+        """Overwrite `s` with ``softcap * tanh(s / softcap)``."""
+        return s.div_(softcap).tanh_().mul_(softcap)
+
     def weigh(self, s: Array, top: Array) -> tuple[Array, Array | None, Array, Array]:
         """Take PyTorch's softmax on a CPU: one pass over memory, and a faster exponential.
 
@@ -113,6 +118,10 @@ class Adapter(generic.Adapter):
     def maximum(self, a: Array, b: Array) -> Array:
         """Return the larger of `a` and `b`, NaN where either is NaN."""
         return torch.maximum(a, b)
+
+    def watched(self, arrays: Any) -> bool:
+        """Whether some tensor requires gradients or is differentiated by `torch.func`."""
+        return any(map(_is_watched, tensors_in(arrays)))
 
     def promoted(self, tokens: dict[str, Array]) -> dict[str, Array]:
         """Cast to the dtype of a surrounding `torch.autocast`, as PyTorch's own attention does."""
@@ -191,7 +200,7 @@ class Adapter(generic.Adapter):
     def _apply(
         self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
     ) -> dict[str, Array]:
-        if not any(map(_is_watched, (*inputs.values(), *tensors_in(data)))):
+        if not self.watched((inputs, data)):
             return computed(self, operation, spec, data, inputs)
         operation = operation.with_residuals(spec)
         call = Call(self, operation, spec, data, tuple(inputs))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +33,29 @@ class Kernel:
         """Return ``(out, lse)``; `lse` comes with it anyway."""
         out, lse = self.attend(call)
         return out, lse if want_lse else None
+
+    def scratch(
+        self, shape: tuple[int, int, int, int], n_k: int, number: int, training: bool
+    ) -> list[tuple[str, str, int]]:
+        """Return what the kernel takes for itself: names, formulas and bytes.
+
+        `shape` is that of its result.  Nothing is known on a GPU.  On a CPU each thread has a tile
+        of its own, in sizes that PyTorch's source tells (FlashAttentionKernel.cpp).
+        """
+        if self.attend is not _cpu:
+            return []
+        _, heads, n_q, d_v = shape
+        rows = min(n_q, 256 if n_q >= 768 else 64 if n_q >= 192 else 32)
+        cols, threads = min(n_k, 512), torch.get_num_threads()
+        told, count = f"{cols} + {d_v} + 2", cols + d_v + 2
+        if training:
+            told, count = f"2 × {cols} + 1", 2 * cols + 1
+        formula = f"{threads} threads × {rows} × ({told}) × {number} B"
+        found = [("scratch of the kernel", formula, threads * rows * count * number)]
+        if training and heads > 1:
+            formula = " × ".join(map(str, (*shape, f"{number} B")))
+            found.append(("a copy in the kernel's order", formula, prod(shape) * number))
+        return found
 
     def __repr__(self) -> str:
         return self.name

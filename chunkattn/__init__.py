@@ -8,12 +8,17 @@ from . import interop, masks
 from ._attention import attention
 from ._callables import ScoreMod
 from ._differentiate import attention_jvp, attention_vjp
+from ._memory import ArraySpec
 from ._merge import merge
 from ._online import OnlineAttention
+from ._plan import Comparison, Plan, plan
 
 __version__ = "0.1.0"
 __all__ = [
+    "ArraySpec",
+    "Comparison",
     "OnlineAttention",
+    "Plan",
     "ScoreMod",
     "attention",
     "attention_jvp",
@@ -21,4 +26,5 @@ __all__ = [
     "interop",
     "masks",
     "merge",
+    "plan",
 ]

@@ -101,6 +101,16 @@ class Segments(Mask):
         return queries[..., None, :, None] == keys[..., None, None, :]
 
     @property
+    def tile_axes(self) -> str:
+        """One for each batch entry."""
+        return "bqk"
+
+    @property
+    def key_arrays(self) -> int:
+        """Comparisons with the ids of the queries."""
+        return 5
+
+    @property
     def tile_limit(self) -> int:
         """Documents are often short."""
         return 256
@@ -136,3 +146,15 @@ class Dense(Mask):
     def tile(self, tile: Tile) -> Array:
         """Slice the array."""
         return tile.slice(self.allowed)
+
+    @property
+    def tile_axes(self) -> str:
+        """Those that do not broadcast."""
+        *lead, rows, cols = (1, 1, *tuple(self.allowed.shape))
+        whole = "bh" * any(n != 1 for n in lead)
+        return whole + "q" * (rows != 1) + "k" * (cols != 1)
+
+    @property
+    def tile_arrays(self) -> int:
+        """None: it is a view."""
+        return 0

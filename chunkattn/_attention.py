@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
+from ._memory import prepared
 from ._native import operation
 from ._progress import Progress
-from ._request import Request, make_request
+from ._request import Request
 
 Array = Any
+
+log = logging.getLogger(__package__)
 
 
 def attention(
@@ -31,6 +35,7 @@ def attention(
     layout: str = "hnd",
     query_chunk_size: int | None = None,
     key_chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
     compute_dtype: Any = None,
     implementation: str = "auto",
     return_lse: bool = False,
@@ -103,6 +108,12 @@ def attention(
         Queries and keys of a tile; default: chosen for the library and the shapes.  They change
         memory and speed, and the result by rounding only: each chunk of keys rounds the sums once
         more, so that very small ones (16, say) lose a digit in long sums.
+    memory_limit : int or str, optional
+        Bytes that the call may take beyond inputs and outputs: an int, or "64MB" (10⁶ bytes),
+        "64MiB" (2²⁰ bytes) and the like.  Tiles are made smaller until they fit, as `plan` counts;
+        where the smallest do not, the error says what the least is.  The limit counts gradients
+        too, where they may be asked for: of PyTorch's tensors that require them, and under JAX's
+        transformations.  It does not cover forward mode and second order.
     compute_dtype : dtype or str, optional
         float32 or float64: the dtype of scores, sums and `lse`.  Default float64 for float64
         inputs, else float32.
@@ -132,8 +143,8 @@ def attention(
     TypeError
         If an argument is of a wrong kind or dtype, or the arrays are of two libraries.
     ValueError
-        If shapes do not fit together, a number is out of its range, arrays are on two devices, or
-        a causal mask meets ``n_q != n_k`` without `query_offset`.
+        If shapes do not fit together, a number is out of its range, arrays are on two devices, a
+        causal mask meets ``n_q != n_k`` without `query_offset`, or `memory_limit` is too small.
     NotImplementedError
         If `implementation` is "native" and no kernel covers the request, or a derivative of third
         order is asked for.
@@ -141,6 +152,7 @@ def attention(
     See Also
     --------
     attention_vjp, attention_jvp : Derivatives by name, on every library.
+    plan : The memory that a call takes, term by term.
     merge : Merge the results over disjoint sets of keys.
     OnlineAttention : Keys that come in chunks.
 
@@ -182,30 +194,31 @@ def attention(
     >>> out.shape, lse.shape
     ((2, 8, 1, 64), (2, 8, 1))
     """
-    request = make_request(
-        query,
-        key,
-        value,
-        scale=scale,
-        causal=causal,
-        mask=mask,
-        bias=bias,
-        softcap=softcap,
-        score_mod=score_mod,
-        sinks=sinks,
-        dropout=dropout,
-        dropout_seed=dropout_seed,
-        query_offset=query_offset,
-        key_offset=key_offset,
-        layout=layout,
-        query_chunk_size=query_chunk_size,
-        key_chunk_size=key_chunk_size,
-        compute_dtype=compute_dtype,
-        implementation=implementation,
-    )
-    algorithm = operation(
-        request, implementation, return_lse=return_lse, reports=progress not in (None, False)
-    )
+    given = {
+        "scale": scale,
+        "causal": causal,
+        "mask": mask,
+        "bias": bias,
+        "softcap": softcap,
+        "score_mod": score_mod,
+        "sinks": sinks,
+        "dropout": dropout,
+        "dropout_seed": dropout_seed,
+        "query_offset": query_offset,
+        "key_offset": key_offset,
+        "layout": layout,
+        "query_chunk_size": query_chunk_size,
+        "key_chunk_size": key_chunk_size,
+        "compute_dtype": compute_dtype,
+        "implementation": implementation,
+    }
+
+    def choose(request: Request, implementation: str) -> tuple[Any, str]:
+        reports = progress not in (None, False)
+        return operation(request, implementation, return_lse=return_lse, reports=reports)
+
+    request, algorithm, why = prepared((query, key, value), given, choose, memory_limit)
+    log.debug("%s (%s)", algorithm.kind(request.spec), why)
     found = run(request, progress, algorithm)
     return (found["out"], found["lse"]) if return_lse else found["out"]
 

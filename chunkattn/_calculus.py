@@ -94,6 +94,11 @@ class Forward:
 
     keeps_outputs = True
 
+    @staticmethod
+    def kind(spec: Spec) -> str:
+        """Return the implementation that this is."""
+        return "standard" if spec.standard else "chunked"
+
     @property
     def outputs(self) -> Names:
         """The names of the results."""

@@ -64,7 +64,7 @@ def push(at: Weights, moved: Tile) -> tuple[Array, Array]:
         + xp.matmul(rows.query, xp.matrix_transpose(moved.key))
     )
     if problem.spec.softcap is not None:
-        s = s * _slope(at)
+        s *= _slope(at)
     before = s = at.hidden_zero(s)
     if problem.spec.score_mod is not None:
         tangents = (before, *captured_tangents(moved, tile))
@@ -90,12 +90,15 @@ def captured_tangents(moved: Tile, tile: Tile) -> tuple[Array, ...]:
 
 
 def pull(at: Weights, gradient: Array) -> tuple[Array, tuple[Array, ...]]:
-    """Return the gradients of the products and of what score_mod captures."""
+    """Return the gradients of the products and of what score_mod captures.
+
+    `gradient` may be overwritten.
+    """
     problem, captured = at.tile.rows.problem, ()
     if problem.spec.score_mod is not None:
         gradient, *captured = at.tile.xp.pullback(Modified(at.tile), primals(at), gradient)
     if problem.spec.softcap is not None:
-        gradient = gradient * _slope(at)
+        gradient *= _slope(at)
     if at.before is None:
         return gradient, ()
     return at.hidden_zero(gradient), tuple(captured)
@@ -130,5 +133,8 @@ def _slope(at: Weights) -> Array:
     softcap = at.tile.rows.problem.spec.softcap
     assert softcap is not None
     assert at.before is not None
-    ratio = at.before / softcap
-    return 1 - ratio * ratio
+    slope = at.before / softcap
+    slope *= slope
+    slope -= 1
+    slope *= -1
+    return slope

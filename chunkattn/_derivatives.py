@@ -127,9 +127,9 @@ def _tangent_of_rows(
         moved_tile = tile.of(moved_rows)
         at = softmax(tile, lse, workspace)
         change = at.weights * push(at, moved_tile)[0]
+        mean += xp.sum(change, axis=-1, keepdims=True, dtype=change.dtype)
         acc += gather(tile, change, tile.value)
         acc += gather(tile, at.weights, moved_tile.value)
-        mean += xp.sum(change, axis=-1, keepdims=True, dtype=change.dtype)
         return acc, mean
 
     acc, mean = over_keys(rows, step, (acc, mean))

@@ -10,8 +10,9 @@ from ._adapters import common_adapter, is_array
 from ._attention import attention, run
 from ._calculus import Backward, Forward, Tangent, results
 from ._callables import ScoreMod
+from ._memory import prepared
 from ._problem import TANGENT, TOKENS
-from ._request import Request, make_request
+from ._request import Request
 from ._shapes import is_float
 
 Array = Any
@@ -143,6 +144,10 @@ def attention_jvp(
     for name, x in (("primals", primals), ("tangents", tangents)):
         if not isinstance(x, tuple | list) or len(x) != len(TOKENS):
             raise TypeError(f"{name} must be a tuple of three: query, key and value")
+    if keywords.get("memory_limit") is not None:
+        raise ValueError(
+            "memory_limit does not cover forward mode; give query_chunk_size and key_chunk_size"
+        )
     query, key, value = primals
     request, progress, return_lse = _request(query, key, value, keywords)
     moves = dict(zip(TOKENS, tangents, strict=True)) | {"bias": d_bias, "sinks": d_sinks}
@@ -170,7 +175,9 @@ def _request(
         raise NotImplementedError(
             "implementation='native': attention_vjp and attention_jvp compute by tiles"
         )
-    request = make_request(**given)
+    tokens = given.pop("query"), given.pop("key"), given.pop("value")
+    limit = given.pop("memory_limit")
+    request, _, _ = prepared(tokens, given, lambda *_: (Forward(), ""), limit, training=True)
     score_mod = given["score_mod"]
     if score_mod is not None and not request.xp.autodiff and not isinstance(score_mod, ScoreMod):
         raise TypeError(

@@ -47,8 +47,11 @@ def threefry(key: Words, counter: Words) -> Words:
 
 
 def _rotate(x: Array, bits: int) -> Array:
-    low = (x >> (32 - bits)) & (2**bits - 1)  # masked: the shift of a signed integer drags its sign
-    return (x << bits) | low
+    low = x >> (32 - bits)
+    low &= 2**bits - 1  # the shift of a signed integer drags its sign
+    high = x << bits
+    high |= low
+    return high
 
 
 def kept(tile: Any, rate: float) -> Array:
@@ -64,7 +67,12 @@ def kept(tile: Any, rate: float) -> Array:
     key = threefry(tile.rows.problem.dropout_seed, (lane(tile.b), lane(tile.h)))
     start = tile.start + tile.rows.key_offset
     pairs = lane(xp.index(tile.rows.query, tile.size // 2 + 1) + start // 2)
-    words = xp.stack(threefry(key, (lane(tile.q_idx), pairs)), axis=-1)
-    words = xp.reshape(words, (*words.shape[:-2], 2 * words.shape[-2]))
-    words = xp.read(words, -1, start % 2, tile.size)
-    return ((words >> (32 - BITS)) & (2**BITS - 1)) >= round(rate * 2**BITS)
+
+    def kept_word(word: Array) -> Array:
+        word >>= 32 - BITS
+        word &= 2**BITS - 1
+        return word >= round(rate * 2**BITS)
+
+    found = xp.stack(list(map(kept_word, threefry(key, (lane(tile.q_idx), pairs)))), axis=-1)
+    found = xp.reshape(found, (*found.shape[:-2], 2 * found.shape[-2]))
+    return xp.read(found, -1, start % 2, tile.size)

@@ -98,6 +98,21 @@ class Mask:
         """Refuse arrays that do not fit a call of these shapes."""
 
     @property
+    def tile_axes(self) -> str:
+        """Which axes the result of `tile` has, for `plan`: batch, heads, queries, keys."""
+        return "bhqk"
+
+    @property
+    def tile_arrays(self) -> int:
+        """How many arrays of the size of its result `tile` makes, for `plan`."""
+        return 1
+
+    @property
+    def key_arrays(self) -> int:
+        """How many bytes for each key of a batch entry `key_range` takes, for `plan`."""
+        return 0
+
+    @property
     def tile_limit(self) -> int | None:
         """The size from which a tile would cover much that is not seen; None: no such size."""
         return None

@@ -7,7 +7,6 @@ the kernel lets through a mask (where it multiplies a hidden NaN by 0).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -38,16 +37,16 @@ from .masks import Causal
 
 Array = Any
 
-log = logging.getLogger(__package__)
 
-
-def operation(request: Request, implementation: str, *, return_lse: bool, reports: bool) -> Any:
-    """Return the operation that computes `request`: by a kernel, or by this library's algorithm.
+def operation(
+    request: Request, implementation: str, *, return_lse: bool, reports: bool = False
+) -> tuple[Any, str]:
+    """Return what computes `request`, a kernel or this library's algorithm, and why.
 
     `reports` says whether progress is reported, which no kernel does.
     """
     if implementation not in ("auto", "native"):
-        return Forward()
+        return Forward(), f"implementation={implementation!r}"
     kernel, better, why = _kernel(request)
     if kernel is not None and reports:
         kernel, why = None, "no kernel reports progress"
@@ -57,11 +56,9 @@ def operation(request: Request, implementation: str, *, return_lse: bool, report
         if kernel is not None and request.chunks_given:
             better, why = False, "chunk sizes are given"
         if kernel is None or not better:
-            log.debug("chunked: %s", why)
-            return Forward()
-    log.debug("native (%s): %s", kernel, why)
+            return Forward(), why
     causal, scale = _causal(request.spec, request.data), request.data["scale"]
-    return Native(kernel, bool(causal), scale, return_lse)
+    return Native(kernel, bool(causal), scale, return_lse), f"{kernel}: {why}"
 
 
 def _kernel(request: Request) -> tuple[Any, bool, str]:
@@ -129,6 +126,11 @@ class Native(Operation):
     residuals: Names = ()
 
     keeps_outputs = True
+
+    @staticmethod
+    def kind(spec: Spec) -> str:
+        """Return the implementation that this is."""
+        return "native"
 
     @property
     def outputs(self) -> Names:

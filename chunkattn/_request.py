@@ -106,10 +106,12 @@ def _checked(
     compute_dtype: Any,
     implementation: str,
     streamed: bool = False,
+    most: int | None = None,
 ) -> Request:
     """Do the work of `make_request`.
 
     A call for a stream has no sinks, which count once at its end, and keeps the compute dtype.
+    A tile has at most `most` scores, where that is given.
     """
     choice("layout", layout, LAYOUTS)
     choice("implementation", implementation, IMPLEMENTATIONS)
@@ -154,6 +156,7 @@ def _checked(
         positive("key_chunk_size", key_chunk_size),
         masks,
         score_mod,
+        most,
     )
     lifted = None
     calls_back = score_mod is not None or any(isinstance(m, Predicate) for m in masks)

@@ -23,7 +23,7 @@ def products(tile: Tile, workspace: Array | None = None) -> Array:
     """Return the scaled products of queries and keys, capped where a softcap is asked for."""
     rows, xp, softcap = tile.rows, tile.xp, tile.rows.problem.spec.softcap
     s = rows.ungrouped(xp.matmul(rows.query, xp.matrix_transpose(tile.key), workspace))
-    return s if softcap is None else xp.tanh(s / softcap) * softcap
+    return s if softcap is None else xp.cap(s, softcap)
 
 
 def shown(tile: Tile, s: Array) -> Array:
@@ -40,11 +40,16 @@ def shown(tile: Tile, s: Array) -> Array:
 
 
 def dropped(tile: Tile, x: Array) -> Array:
-    """Return what the dropout leaves of weights, or of their gradient: a part, scaled up."""
+    """Return what the dropout leaves of weights, or of their gradient: a part, scaled up.
+
+    `x` may be overwritten.
+    """
     rate = tile.rows.problem.spec.dropout
     if not rate:
         return x
-    return tile.xp.where(tile.kept, x / (1 - rate), tile.xp.zeros_like(x))
+    x = tile.xp.hide(x, tile.kept, 0.0)
+    x *= 1 / (1 - rate)
+    return x
 
 
 def gather(tile: Tile, weights: Array, value: Array) -> Array:

@@ -16,6 +16,9 @@ from .masks import Mask, Predicate
 Array = Any
 
 
+SMALLEST = 16  # queries or keys of a tile, where memory is limited
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How the work is cut: into tiles of queries and keys, and blocks of batch entries and heads.
@@ -91,6 +94,7 @@ def schedule(
     key_chunk_size: int | None,
     masks: tuple[Mask, ...],
     score_mod: Callable[..., Any] | None,
+    most: int | None = None,
 ) -> Schedule:
     """Choose the chunks: those asked for, else the library's, shrunk until a tile fits its budget.
 
@@ -100,6 +104,8 @@ def schedule(
     Few queries have more keys to a tile, or few keys more queries.
 
     Where a library's tasks span the whole batch, the tile's size counts every batch entry.
+
+    A tile has `most` scores, where that is given and chunks of `SMALLEST` allow it.
     """
     limits = [limit for mask in masks if (limit := mask.tile_limit) is not None]
     limits += [512] if score_mod is not None else []
@@ -113,15 +119,18 @@ def schedule(
         max(1, min(shapes.n_q, query_chunk_size or rows)),
         max(1, min(shapes.n_k, key_chunk_size or cols)),
     )
-    budget = elements // shapes.group
-    if not xp.splits_batch:
-        while prod(shapes.lead) * rows * cols > budget and max(rows, cols) > 64:
-            if rows >= cols and query_chunk_size is None and rows > 64:
+    budget = (elements if most is None else most) // shapes.group
+    whole = 1 if xp.splits_batch else prod(shapes.lead)
+    floor = SMALLEST if most is not None else 64
+    if most is not None or not xp.splits_batch:
+        while whole * rows * cols > budget and max(rows, cols) > floor:
+            if rows >= cols and query_chunk_size is None and rows > floor:
                 rows = -(-rows // 2)
-            elif key_chunk_size is None and cols > 64:
+            elif key_chunk_size is None and cols > floor:
                 cols = -(-cols // 2)
             else:
                 break
+    if not xp.splits_batch:
         return Schedule(rows, cols, tuple(max(1, n) for n in shapes.lead))
     room = max(1, budget // (rows * cols))
     block = []

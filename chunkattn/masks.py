@@ -56,6 +56,11 @@ class Causal(Mask):
         return tile.kv_idx <= tile.q_idx
 
     @property
+    def tile_axes(self) -> str:
+        """Those of positions."""
+        return "qk"
+
+    @property
     def tile_limit(self) -> int:
         """Half of a tile on the diagonal is not seen."""
         return 512
@@ -85,6 +90,16 @@ class Window(Mask):
 
     aligned = True
 
+    @property
+    def tile_axes(self) -> str:
+        """Those of positions."""
+        return "qk"
+
+    @property
+    def tile_arrays(self) -> int:
+        """Two, and the pairs that are in both."""
+        return 1 if None in (self.left, self.right) else 3
+
     def __post_init__(self) -> None:
         for name in ("left", "right"):
             width = getattr(self, name)
@@ -96,6 +111,16 @@ class Window(Mask):
                 raise TypeError(f"Window: {name} must be an int or None; got {width!r}") from None
             if width < 0:
                 raise ValueError(f"Window: {name} must not be negative; got {width}")
+
+    def check(self, xp: Any, shapes: Shapes) -> None:
+        """Refuse a width that carries positions out of the index dtype."""
+        limit = int(xp.iinfo(xp.index_dtype).max) // 2
+        for name, width in (("left", self.left), ("right", self.right)):
+            if width is not None and width >= limit:
+                raise ValueError(
+                    f"Window: {name} must be below {limit}, half of {xp.index_dtype}, or None "
+                    f"for no bound; got {width}"
+                )
 
     def key_range(self, rows: Rows) -> Range:
         """From the first query's left to the last query's right."""
@@ -112,13 +137,14 @@ class Window(Mask):
         )
 
     def tile(self, tile: Tile) -> Array | None:
-        """Compare distances."""
-        distance = tile.kv_idx - tile.q_idx
-        if self.left is None:
-            return None if self.right is None else distance <= self.right
-        if self.right is None:
-            return distance >= -self.left
-        return (distance >= -self.left) & (distance <= self.right)
+        """Compare key positions with those of the window's ends."""
+        allowed = None
+        if self.left is not None:
+            allowed = tile.kv_idx >= tile.q_idx - self.left
+        if self.right is not None:
+            before_end = tile.kv_idx <= tile.q_idx + self.right
+            allowed = before_end if allowed is None else allowed & before_end
+        return allowed
 
     @property
     def tile_limit(self) -> int | None:
@@ -157,6 +183,11 @@ class Lengths(Mask):
             lengths = getattr(self, name)
             if lengths is not None and not hasattr(lengths, "dtype"):
                 raise TypeError(f"Lengths: {name} must be an integer array; got {lengths!r}")
+
+    @property
+    def tile_axes(self) -> str:
+        """Those that there are lengths for."""
+        return "b" + "q" * (self.query is not None) + "k" * (self.key is not None)
 
     def check(self, xp: Any, shapes: Shapes) -> None:
         """Refuse lengths that are not integers or do not broadcast to the batch."""

@@ -240,6 +240,14 @@ def test_refused_at_once(make, error, message):
         make()
 
 
+@pytest.mark.feature("Window")
+def test_too_wide_a_window(lib, tokens):
+    """Positions would leave the index dtype."""
+    q, k, v = map(lib.asarray, tokens)
+    with pytest.raises(ValueError, match=r"right must be below .*, or None for no bound"):
+        attention(q, k, v, mask=masks.Window(0, 2**63), query_offset=0)
+
+
 def test_mask_and_bias_in_files(tmp_path, rng):
     """Memory-mapped arrays are read tile by tile: the call holds no more than without them."""
     import tracemalloc

@@ -15,6 +15,7 @@ from .. import __version__
 SUBCOMMANDS = (
     "info",
     "demo",
+    "plan",
     "bench",
     "vendor",
 )

@@ -75,9 +75,9 @@ def _add_ways(add: Callable[..., object]) -> None:
 
 
 def _add_files(add: Callable[..., object]) -> None:
-    add("--json", type=_file(".json"), metavar="FILE", help="write all samples as JSON")
-    add("--markdown", type=_file(".md"), metavar="FILE", help="write the table as Markdown")
-    add("--plot", type=_file(".png", ".svg"), metavar="FILE", help="plot against n: PNG or SVG")
+    add("--json", type=file_in(".json"), metavar="FILE", help="write all samples as JSON")
+    add("--markdown", type=file_in(".md"), metavar="FILE", help="write the table as Markdown")
+    add("--plot", type=file_in(".png", ".svg"), metavar="FILE", help="plot against n: PNG or SVG")
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -135,7 +135,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(_number, text.split(","))))
 
 
-def _file(*suffixes: str) -> Callable[[str], Path]:
+def file_in(*suffixes: str) -> Callable[[str], Path]:
     """Return the type of a file that can be written, which is checked before any work."""
 
     def parse(text: str) -> Path:

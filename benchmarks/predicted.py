@@ -1,0 +1,91 @@
+"""What `plan` predicts against what is measured, over the grid of calls of the tests.
+
+    python benchmarks/predicted.py [--libraries numpy,torch,jax] [--out FILE]
+
+Predicted is `Plan.peak_bytes`; measured is the most that a call holds at a time beyond inputs and
+outputs: by tracemalloc for NumPy, in one thread and in two; by the record of the allocator for
+PyTorch; for JAX the larger of XLA's memory analysis and of the rise of the resident set of a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from machine import about, write
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import libraries
+import memory
+import plans
+
+THREADS = {"numpy": (1, 2), "torch": (1, 2), "jax": (2,)}
+
+
+def resident(name, training):
+    """Return by how much the resident set rises in a call on JAX, in a process of its own."""
+    command = [sys.executable, __file__, "--resident", name, *(["--training"] if training else [])]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout)
+
+
+def print_resident(name, training):
+    """Measure in this process."""
+    lib = libraries.library("jax")
+    short = plans.Case(lib, name, training, n=600)
+    print(plans.Case(lib, name, training).resident(short))
+
+
+def rows(lib, threads) -> Iterator[tuple[str, str, int, int]]:
+    """Yield for each call its name, what it does, and the bytes predicted and measured."""
+    limits = {"numpy": memory._blas_threads, "torch": memory._torch_threads}
+    for name in plans.cases(lib):
+        for training in (False, True):
+            case = plans.Case(lib, name, training)
+            measured = case.measured(threads=threads)
+            if lib.name == "jax":
+                predicted = case.plan().peak_bytes
+                measured = max(measured, resident(name, training))
+            else:
+                with limits[lib.name](threads):
+                    predicted = case.plan().peak_bytes
+            yield name, "forward and gradients" if training else "forward", predicted, measured
+
+
+def report(given):
+    """Yield the lines of the report."""
+    yield f"# Memory predicted and measured\n\n{about('python benchmarks/predicted.py', given)}\n"
+    yield f"{__doc__.partition('FILE]')[2].strip()}\n"
+    yield "2,048 tokens (twice as long: 4,096; 8 heads: 1,024); tiles of 256 × 512 unless said.\n"
+    for library in given.libraries.split(","):
+        lib = libraries.library(library)
+        for threads in THREADS[library]:
+            yield f"\n## {library}, {threads} thread{'s' * (threads > 1)}\n"
+            yield "| call | | predicted, kB | measured, kB | ratio |\n|:--|:--|--:|--:|--:|"
+            ratios = []
+            for name, what, predicted, measured in rows(lib, threads):
+                ratios.append(predicted / measured)
+                sizes = f"{predicted / 1000:,.0f} | {measured / 1000:,.0f}"
+                yield f"| {name} | {what} | {sizes} | {ratios[-1]:.2f} |"
+            yield f"\nRatios from {min(ratios):.3f} to {max(ratios):.3f}."
+
+
+def main():
+    """Run."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--libraries", default="numpy,torch,jax", help="(default: all three)")
+    parser.add_argument("--out", type=Path, help="write the report here")
+    parser.add_argument("--resident", metavar="CALL", help=argparse.SUPPRESS)
+    parser.add_argument("--training", action="store_true", default=None, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.resident:
+        return print_resident(given.resident, bool(given.training))
+    return write(report(given), given.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

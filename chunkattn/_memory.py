@@ -1,0 +1,208 @@
+"""What a call holds at its peak, and the largest tiles that keep it within a limit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import starmap
+from math import prod
+from typing import Any
+
+from ._calculus import RESULTS
+from ._native import Native
+from ._request import Request, make_request
+from ._spec import SMALLEST
+from ._terms import Counted, Term, total
+
+Array = Any
+
+_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_UNITS = {"B": 1} | {
+    f"{letter}{middle}B": base**power
+    for middle, base in (("", 1000), ("i", 1024))
+    for power, letter in enumerate("kMGT", start=1)
+}
+
+
+def bytes_of(memory_limit: Any) -> int | None:
+    """Return a number of bytes that is given as an int, or as "64MB" or "64MiB".
+
+    Examples
+    --------
+    >>> bytes_of("64MB"), bytes_of("1.5 MiB"), bytes_of(4096)
+    (64000000, 1572864, 4096)
+    """
+    if memory_limit is None:
+        return None
+    limit = memory_limit
+    if isinstance(limit, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?i?B)\s*", limit)
+        unit = _UNITS.get(found[2]) if found else None
+        limit = int(float(found[1]) * unit) if found and unit else None
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        kind = ValueError if isinstance(memory_limit, int | float | str) else TypeError
+        raise kind(
+            "memory_limit must be a positive number of bytes: an int, or a string like '64MB' "
+            f"(10^6 bytes) or '64MiB' (2^20); got {memory_limit!r}"
+        )
+    return limit
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Shape and dtype of an array that need not exist, for `plan`.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Its shape.
+    dtype : str or dtype, default "float32"
+        Its dtype, by name ("bfloat16") or as a library's own object.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any = "float32"
+
+
+def number_bytes(xp: Any, dtype: Any) -> int:
+    """Return the size of a number of a floating dtype."""
+    return next(_SIZES[name] for name, known in xp.floats.items() if known == dtype)
+
+
+def _forward(xp: Any, operation: Any, spec: Any, data: Any, inputs: Any) -> Any:
+    return operation(xp, spec, data, inputs)
+
+
+def _with_gradients(
+    xp: Any, operation: Any, spec: Any, data: Any, inputs: Any, bars: dict[str, Array]
+) -> Any:
+    """Return `out` and the gradients of the inputs, given that of `out`."""
+    operation = operation.with_residuals(spec)
+    found = operation(xp, spec, data, inputs)
+    bars = {name: bars.get(name, xp.zeros_like(x)) for name, x in found.items() if name in RESULTS}
+
+    def apply(operation: Any, spec: Any, data: Any, inputs: Any) -> Any:
+        return operation(xp, spec, data, inputs)
+
+    gradients = operation.cotangent(apply, spec, data, inputs, found, bars, tuple(inputs))
+    return found["out"], gradients
+
+
+def terms(
+    request: Request, algorithm: Any, *, training: bool, return_lse: bool = False
+) -> list[Term]:
+    """Return what a call holds at its fullest moment beyond inputs and outputs.
+
+    With `training` its gradients follow; `lse` is an output with `return_lse`.
+    """
+    compiled = _compiled(request, algorithm, training)
+    counted = _counted(request)
+    if compiled is not None:
+        scores = counted.term("scores", "heads", "query_chunk", "key_chunk")
+        return [
+            Term(scores.name, scores.formula, min(scores.bytes, compiled)),
+            Term("other temporaries", "XLA's memory analysis", max(0, compiled - scores.bytes)),
+            *counted.packing(),
+        ]
+    if isinstance(algorithm, Native):
+        return _of_kernel(request, algorithm, counted, training)
+    passes = [[*counted.forward(), counted.term("lse", 1 - return_lse, "all_heads", "n_q")]]
+    if training:
+        passes = [[*counted.forward(), *counted.saved()]]
+        counted = replace(counted, threads=request.xp.at_once(request.spec.blocks))
+        passes.append([*counted.backward(tuple(request.inputs)), *counted.saved()])
+    return [term for term in max(passes, key=total) if term.bytes]
+
+
+def _compiled(request: Request, algorithm: Any, training: bool) -> int | None:
+    xp, spec = request.xp, request.spec
+    if not training:
+        ahead = xp.compiled_bytes(_forward, algorithm, spec, request.data, request.inputs)
+    else:
+        shape, dtype = algorithm.shapes(spec, request.data, request.inputs)["out"]
+        bars = {"out": ArraySpec(shape, dtype)}
+        arrays = (request.data, request.inputs, bars)
+        ahead = xp.compiled_bytes(_with_gradients, algorithm, spec, *arrays)
+    found: int | None = ahead
+    return found
+
+
+def _counted(request: Request) -> Counted:
+    xp, spec, data = request.xp, request.spec, request.data
+    masks = tuple(
+        replace(mask, **held) for mask, held in zip(spec.masks, data["masks"], strict=True)
+    )
+    return Counted(
+        spec=spec,
+        masks=masks,
+        d=request.inputs["query"].shape[-1],
+        has_bias="bias" in request.inputs,
+        by_batch=bool(getattr(data["query_offset"], "shape", ())),
+        threads=xp.at_once(spec.tasks),
+        footprint=xp.footprint,
+        number=number_bytes(xp, spec.compute),
+        given=number_bytes(xp, spec.dtype),
+    )
+
+
+def _of_kernel(request: Request, algorithm: Native, counted: Counted, training: bool) -> list[Term]:
+    """Return what a kernel of the library's own holds."""
+    spec = request.spec
+    lse = 2 if training else int(not algorithm.return_lse)
+    heads, rows = spec.heads, spec.n_q
+    if spec.group > 1 and not algorithm.causal:
+        heads, rows = spec.key_heads, spec.group * spec.n_q
+    shape = (prod(spec.batch), heads, rows, spec.d_v)
+    scratch = algorithm.kernel.scratch(shape, spec.n_k, counted.number, training)
+    return [*starmap(Term, scratch), counted.term("lse", lse, "all_heads", "n_q")]
+
+
+def prepared(
+    tokens: tuple[Array, Array, Array],
+    given: dict[str, Any],
+    choose: Callable[[Request, str], tuple[Any, str]],
+    memory_limit: Any,
+    training: bool | None = None,
+) -> tuple[Request, Any, str]:
+    """Return the checked request, the operation that computes it within the limit, and why it.
+
+    ``choose(request, implementation)`` gives operation and reason.  `training` says whether
+    gradients follow; None: where the library may ask for them.
+    """
+    limit, wanted = bytes_of(memory_limit), given["implementation"]
+
+    request = make_request(*tokens, **given)
+    algorithm, why = choose(request, wanted)
+    if limit is None:
+        return request, algorithm, why
+    if wanted == "standard":
+        raise ValueError("memory_limit cannot be held by implementation='standard'")
+    xp = request.xp
+    if training is None:
+        training = xp.watched((request.data, request.inputs))
+    if isinstance(algorithm, Native):
+        needed = total(terms(request, algorithm, training=training))
+        if needed <= limit:
+            return request, algorithm, why
+        if wanted == "native":
+            raise ValueError(f"memory_limit must be at least {needed:,} bytes for this kernel")
+        why = "memory_limit is less than the kernel takes"
+    most = xp.tile_sizes(tokens[0]).elements
+    number = number_bytes(xp, request.spec.compute)
+    while most * number > limit and most > SMALLEST**2:  # the scores alone would be too many
+        most //= 2
+    while True:
+        request = make_request(*tokens, **given | {"implementation": "chunked"}, most=most)
+        algorithm, _ = choose(request, "chunked")
+        needed = total(terms(request, algorithm, training=training))
+        if needed <= limit:
+            return request, algorithm, why
+        if most <= SMALLEST**2:
+            raise ValueError(
+                f"memory_limit must be at least {needed:,} bytes for this call"
+                f"{' and its gradients' if training else ''} on {xp.name}, which it takes with "
+                f"tiles of {request.spec.schedule.query_chunk} queries and "
+                f"{request.spec.schedule.key_chunk} keys; got {limit:,}"
+            )
+        most = max(SMALLEST**2, min(most // 2, most * limit // needed))

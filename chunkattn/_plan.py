@@ -1,0 +1,293 @@
+"""What a call of attention will hold, before it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from inspect import signature
+from math import isqrt, prod
+from typing import Any
+
+from ._adapters import adapter_of, is_array
+from ._attention import attention
+from ._memory import number_bytes, prepared, terms
+from ._native import operation
+from ._request import Request
+from ._terms import Term, term, total
+
+Array = Any
+
+_SIGNATURE = signature(attention)
+_MODULES = {"jax": "jax.numpy"}
+PAPER_QUERIES, PAPER_KEYS = 1024, 4096
+
+
+def plan(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    training: bool = False,
+    library: str | None = None,
+    device: Any = None,
+    **keywords: Any,
+) -> Plan:
+    """Tell how `attention` would compute a call, and what it would hold, term by term.
+
+    Nothing is computed.  On JAX the call is compiled.
+
+    Parameters
+    ----------
+    query, key, value : array or ArraySpec
+        As in `attention`; or what has a shape and a dtype (`ArraySpec`,
+        ``jax.ShapeDtypeStruct``).
+    training : bool, default False
+        Whether gradients by all floating arrays follow: by `attention_vjp` on libraries without
+        automatic differentiation.
+    library : str, optional
+        Where query, key and value are no arrays, their library: "numpy" (the default; "jax" for
+        ``jax.ShapeDtypeStruct``), "cupy", "torch", "jax", …
+    device : optional
+        Where they are no arrays, their device, as the library's functions take it.
+    **keywords
+        Those of `attention`, `memory_limit` among them, with the same meaning.
+
+    Returns
+    -------
+    Plan
+        Chunk sizes, implementation and why, and the memory; its `peak_bytes` is an upper bound.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As `attention`.
+
+    See Also
+    --------
+    attention : `memory_limit` there makes the tiles smaller.
+
+    Notes
+    -----
+    Counted are the arrays of one call; what functions of the caller (`score_mod`, a mask's
+    function) hold inside is theirs, but for their results.  On a GPU what PyTorch's own kernels
+    take for themselves is not known.  On a CPU, XLA's plan leaves out what its matrix products
+    copy; that is a bound for two cores.
+
+    Examples
+    --------
+    >>> from chunkattn import ArraySpec, plan
+    >>> tokens = ArraySpec((1, 1_048_576, 64), "float32")
+    >>> found = plan(tokens, tokens, tokens, query_chunk_size=512, key_chunk_size=1024)
+    >>> found.terms[0]
+    Term(name='scores', formula='threads × heads × query_chunk × key_chunk × 4 B', bytes=...)
+    >>> plan(tokens, tokens, tokens, memory_limit="1MB").peak_bytes <= 1_000_000
+    True
+    """
+    bound = _SIGNATURE.bind(query, key, value, **keywords)
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    limit, return_lse = given.pop("memory_limit"), given.pop("return_lse")
+    reports = given.pop("progress") not in (None, False)
+    tokens = tuple(given.pop(name) for name in ("query", "key", "value"))
+
+    def choose(request: Request, implementation: str) -> tuple[Any, str]:
+        return operation(request, implementation, return_lse=return_lse, reports=reports)
+
+    def planned(*tokens: Array) -> Plan:
+        request, algorithm, why = prepared(tokens, given, choose, limit, training)
+        return _of_request(request, algorithm, why, training=training, return_lse=return_lse)
+
+    if any(map(is_array, tokens)):
+        return planned(*tokens)
+    name = library or ("jax" if type(query).__module__.startswith("jax") else "numpy")
+    module = import_module(_MODULES.get(name, name))
+    like = module.zeros((), **({} if device is None else {"device": device}))
+    xp = adapter_of(like, "library")
+    specs = [(tuple(x.shape), _dtype(xp, x.dtype)) for x in tokens]
+    found: Plan = xp.stand_in(planned, like, specs)
+    return found
+
+
+def _dtype(xp: Any, dtype: Any) -> Any:
+    """Return a dtype by name, or of any library, as one of this library."""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", str(dtype).split(".")[-1])
+    floats = xp.floats
+    if name not in floats:
+        raise TypeError(f"dtype must be one of {', '.join(floats)}; got {dtype!r}")
+    return floats[name]
+
+
+def _of_request(
+    request: Request, algorithm: Any, why: str, *, training: bool, return_lse: bool
+) -> Plan:
+    """Return the plan of a checked call."""
+    xp, spec = request.xp, request.spec
+
+    def arrays(found: dict[str, tuple[tuple[int, ...], Any]]) -> tuple[Term, ...]:
+        return tuple(
+            Term(name, " × ".join(map(str, (*shape, f"{size} B"))), prod(shape) * size)
+            for name, (shape, dtype) in found.items()
+            for size in [number_bytes(xp, dtype)]
+        )
+
+    inputs = {name: (tuple(x.shape), x.dtype) for name, x in request.inputs.items()}
+    shapes = algorithm.shapes(spec, request.data, request.inputs)
+    outputs = {name: shapes[name] for name in ("out", *(["lse"] if return_lse else []))}
+    if training:
+        inputs = inputs | {"gradient of out": shapes["out"]}
+        outputs |= {f"gradient of {name}": inputs[name] for name in request.inputs}
+    kind = algorithm.kind(spec)
+    tiled = kind == "chunked"
+    tasks = spec.tasks if tiled else 1
+    return Plan(
+        library=xp.name,
+        implementation=kind,
+        why=why,
+        query_chunk_size=spec.schedule.query_chunk if tiled else spec.n_q,
+        key_chunk_size=spec.schedule.key_chunk if tiled else spec.n_k,
+        tasks=tasks,
+        threads=xp.at_once(tasks),
+        inputs=arrays(inputs),
+        outputs=arrays(outputs),
+        terms=tuple(
+            one
+            for one in terms(request, algorithm, training=training, return_lse=return_lse)
+            if one.bytes
+        ),
+        lengths=(spec.n_q, spec.n_k),
+        widths=(request.inputs["query"].shape[-1], spec.d_v),
+        heads=prod(spec.batch) * spec.heads,
+        number=number_bytes(xp, spec.compute),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call will be computed, and what it will hold; `print` shows it as a table.
+
+    Attributes
+    ----------
+    library : str
+        The array library.
+    implementation, why : str
+        "chunked", "native" or "standard", and the reason.
+    query_chunk_size, key_chunk_size : int
+        Queries and keys of a tile; those of the call where there are no tiles.
+    tasks, threads : int
+        The parts that the work is cut into, and how many of them run at a time.
+    inputs, outputs : tuple of Term
+        The arrays that come in and go out; `outputs` has the gradients with ``training=True``.
+    terms : tuple of Term
+        What the call holds beyond these at its fullest moment.
+    """
+
+    library: str
+    implementation: str
+    why: str
+    query_chunk_size: int
+    key_chunk_size: int
+    tasks: int
+    threads: int
+    inputs: tuple[Term, ...]
+    outputs: tuple[Term, ...]
+    terms: tuple[Term, ...]
+    lengths: tuple[int, int]
+    widths: tuple[int, int]
+    heads: int
+    number: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The bytes that the call holds at its fullest moment, beyond inputs and outputs."""
+        return total(self.terms)
+
+    def __str__(self) -> str:
+        """Return a table."""
+        lines = [
+            f"attention on {self.library}: {self.implementation} ({self.why})",
+            f"tiles of {self.query_chunk_size:,} queries × {self.key_chunk_size:,} keys, "
+            f"{self.tasks:,} tasks, {self.threads} at a time",
+            "",
+        ]
+        rows = [("", "bytes", "formula")]
+        for title, found in (("inputs", self.inputs), ("outputs", self.outputs)):
+            rows += [(f"{title}: {one.name}", f"{one.bytes:,}", one.formula) for one in found]
+        rows += [(one.name, f"{one.bytes:,}", one.formula) for one in self.terms]
+        rows.append(("peak beyond inputs and outputs", f"{self.peak_bytes:,}", ""))
+        return "\n".join([*lines, *aligned(rows)])
+
+    def compare(self, lengths: Sequence[int] | None = None) -> Comparison:
+        """Set schedules of the same attention side by side, over lengths.
+
+        Parameters
+        ----------
+        lengths : sequence of int, optional
+            Numbers of keys, and of queries; default: powers of 2 from 1,024 to 1,048,576.
+
+        Returns
+        -------
+        Comparison
+            Bytes of scores, weights and summaries of: textbook attention, the schedule of Rabe &
+            Staats with √n and with 4,096 keys to a chunk, and this plan's.
+        """
+        chosen = [2**i for i in range(10, 21)] if lengths is None else list(lengths)
+        return Comparison(tuple(chosen), tuple(self._schedules(chosen)))
+
+    def _schedules(self, lengths: Sequence[int]) -> Iterable[tuple[str, str, tuple[int, ...]]]:
+        known = {"heads": self.heads, "d_v": self.widths[1]}
+
+        def column(name: str, count: Any) -> tuple[str, str, tuple[int, ...]]:
+            found = [count(n) for n in lengths]
+            return name, found[-1].formula, tuple(one.bytes for one in found)
+
+        def textbook(n: int) -> Term:
+            return term(known | {"n": n}, "", "heads", "n", "n", number=self.number)
+
+        def stacked(n: int, keys: int, told: str) -> Term:
+            rows, keys = min(PAPER_QUERIES, n), min(keys, n)
+            summaries = -(-n // keys) * (self.widths[1] + 2)
+            size = self.heads * rows * (keys + summaries) * self.number
+            formula = f"heads × {PAPER_QUERIES} × ({told} + n / {told} × (d_v + 2))"
+            return Term("", f"{formula} × {self.number} B", size)
+
+        yield column("textbook", textbook)
+        yield column("paper, √n keys", lambda n: stacked(n, isqrt(n - 1) + 1, "√n"))
+        yield column("paper, 4096 keys", lambda n: stacked(n, PAPER_KEYS, str(PAPER_KEYS)))
+        yield column("this plan", lambda n: Term("", "as above", self.peak_bytes))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Bytes of several schedules over lengths; `print` shows a table.
+
+    Attributes
+    ----------
+    lengths : tuple of int
+        The lengths.
+    schedules : tuple of (str, str, tuple of int)
+        For each schedule its name, its formula, and its bytes at each length.
+    """
+
+    lengths: tuple[int, ...]
+    schedules: tuple[tuple[str, str, tuple[int, ...]], ...]
+
+    def __str__(self) -> str:
+        """Return a table, with the formulas below it."""
+        rows = [("n", *(name for name, _, _ in self.schedules))]
+        for i, n in enumerate(self.lengths):
+            rows.append((f"{n:,}", *(f"{sizes[i]:,}" for _, _, sizes in self.schedules)))
+        told = [f"{name}: {formula}" for name, formula, _ in self.schedules]
+        return "\n".join([*aligned(rows, right=True), "", *told])
+
+
+def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
+    """Return rows of text with their columns below one another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if right or i == 1 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

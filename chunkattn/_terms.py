@@ -1,0 +1,223 @@
+"""The memory of a call, term by term: what it holds at its peak beyond inputs and outputs.
+
+Each term is a product of sizes, which are named in its formula: those of the arrays, and
+
+===============  ===================================================================================
+``threads``      tasks that run at a time
+``heads``        batch entries times query heads of a task; ``key_heads``: those of keys
+``batch``        batch entries of a task
+``query_chunk``  queries of a tile
+``key_chunk``    keys of a tile
+``all_heads``    batch entries times query heads of the call; ``all_key_heads``: those of keys
+===============  ===================================================================================
+
+The last factor is the size of a number in bytes.  What is counted was read from the algorithm and
+from the adapters, for libraries that compute as they are told.  ``tests/test_plan.py`` holds it
+against measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from ._spec import Spec
+from .masks import Mask
+
+Names = tuple[str, ...]
+
+SCORES = ("threads", "heads", "query_chunk", "key_chunk")
+ROWS = ("threads", "heads", "query_chunk")
+KEYS = ("threads", "key_heads", "key_chunk")
+GRADIENTS = {
+    "query": ("all_heads", "n_q", "d"),
+    "key": ("all_key_heads", "n_k", "d"),
+    "value": ("all_key_heads", "n_k", "d_v"),
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """Some of a call's memory.
+
+    Attributes
+    ----------
+    name : str
+        What it holds.
+    formula : str
+        A product of named sizes; the last factor is the size of a number in bytes.
+    bytes : int
+        Its value.
+    """
+
+    name: str
+    formula: str
+    bytes: int
+
+
+def term(known: dict[str, int], name: str, *factors: str | int, number: int) -> Term:
+    """Return a term: the product of `factors`, names of `known` sizes among them, in numbers."""
+    values = [x if isinstance(x, int) else known[x] for x in factors]
+    told = [str(x) for x in factors if x != 1]
+    return Term(name, " × ".join([*told, f"{number} B"]), prod(values) * number)
+
+
+def total(terms: Iterable[Term]) -> int:
+    """Return the bytes of all terms."""
+    return sum(one.bytes for one in terms)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A call whose memory is counted.
+
+    `masks` have their arrays; `d` is the width of queries; `footprint` is the adapter's; `by_batch`
+    says whether the query offset differs from batch entry to batch entry.  `tasks` run at a time
+    forward, `blocks` backward.
+    """
+
+    spec: Spec
+    masks: tuple[Mask, ...]
+    d: int
+    has_bias: bool
+    by_batch: bool
+    threads: int
+    footprint: Any
+    number: int  # bytes of a number of the compute dtype
+    given: int  # and of the inputs'
+
+    def term(self, name: str, *factors: str | int, number: int | None = None) -> Term:
+        """Return a term of this call, by default in numbers of the compute dtype."""
+        spec = self.spec
+        block = spec.schedule.block
+        known = {
+            "threads": self.threads,
+            "batch": prod(block[:-1]),
+            "heads": prod(block) * spec.group,
+            "key_heads": prod(block),
+            "all_heads": prod(spec.batch) * spec.heads,
+            "all_key_heads": prod(spec.lead),
+            "query_chunk": spec.schedule.query_chunk,
+            "key_chunk": spec.schedule.key_chunk,
+            "n_q": spec.n_q,
+            "n_k": spec.n_k,
+            "d": self.d,
+            "d_v": spec.d_v,
+        }
+        return term(known, name, *factors, number=self.number if number is None else number)
+
+    @property
+    def widens(self) -> bool:
+        """Whether the arrays have to be widened to the compute dtype."""
+        return self.given != self.number
+
+    def forward(self) -> list[Term]:
+        """Return the terms of the forward pass at its fullest moment."""
+        spec, own = self.spec, self.footprint
+        weights = self.term("weights", own.weights, *SCORES)
+        hashed = self.term("hash for dropout", own.hashes * bool(spec.dropout), *SCORES)
+        wide = int(self.widens)
+        return [
+            self.term("scores", *SCORES),
+            self.term("queries, scaled", *ROWS, "d"),
+            self.term("accumulator", *ROWS, "d_v"),
+            self.term("sums and maxima", 6, *ROWS),
+            self.term("buffers", "threads", own.buffers),
+            self.term("objects of Python", own.objects, number=1),
+            *_fullest(
+                *self._functions(),
+                [self.term("keys, widened", wide, *KEYS, "d")],
+                [weights, hashed],
+                [
+                    weights,
+                    self.term("product with values", *ROWS, "d_v"),
+                    self.term("values, widened", wide, *KEYS, "d_v"),
+                ],
+            ),
+        ]
+
+    def saved(self) -> list[Term]:
+        """Return the terms of what is kept from the forward to the backward pass."""
+        exact = self.footprint.exact * self.widens
+        return [
+            self.term("saved: lse and the like", self.footprint.saved, "all_heads", "n_q"),
+            self.term("saved: out, not rounded", exact, "all_heads", "n_q", "d_v"),
+        ]
+
+    def backward(self, wanted: Names) -> list[Term]:
+        """Return the terms of the backward pass at its fullest moment."""
+        spec, own = self.spec, self.footprint
+        hides = bool(self.masks) or self.has_bias or spec.score_mod is not None
+        chained = spec.softcap is not None or spec.score_mod is not None
+        width = "d" if self.d >= spec.d_v else "d_v"
+        wide, unseen, drops = int(self.widens), int(hides), int(bool(spec.dropout))
+        visible = self.term("visible pairs", unseen, *SCORES, number=1)
+        return [
+            self.term("weights and their gradient", 2, *SCORES),
+            self.term("scores before score_mod", int(chained), *SCORES),
+            self.term("weights that dropout keeps", drops, *SCORES, number=1),
+            self.term("queries, scaled", *ROWS, "d"),
+            self.term("gradient of queries", *ROWS, "d"),
+            self.term("gradient of out", *ROWS, "d_v"),
+            self.term("sums", 8, *ROWS),
+            self.term("buffers", "threads", own.buffers),
+            self.term("objects of Python", own.objects, number=1),
+            *(
+                self.term(f"gradient of {name}, not rounded", *GRADIENTS[name], number=more)
+                for name in wanted
+                if name in GRADIENTS and (more := self.number - self.given)
+            ),
+            *_fullest(
+                *self._functions(),
+                [visible, self.term("inverted", own.inverses * unseen, *SCORES, number=1)],
+                [visible, self.term("hash for dropout", own.hashes * drops, *SCORES)],
+                [visible, self.term("derivative of the softcap", int(chained), *SCORES)],
+                [
+                    visible,
+                    self.term("keys made finite", 2 * unseen, *KEYS, width),
+                    self.term("which are finite", unseen, *KEYS, width, number=1),
+                ],
+                [
+                    visible,
+                    self.term("values, widened", wide, *KEYS, "d_v"),
+                    self.term("keys, widened", wide, *KEYS, "d"),
+                    self.term("product for queries", *ROWS, "d"),
+                ],
+                [visible, self.term("product for keys", *KEYS, width)],
+            ),
+        ]
+
+    def packing(self) -> list[Term]:
+        """Return what a compiled program's products take that its own plan does not count."""
+        packed = min(self.footprint.packed, self.spec.schedule.key_chunk)
+        return [
+            self.term("packed for products", "heads", "query_chunk", packed),
+            self.term("buffers", self.footprint.buffers),
+        ]
+
+    def _functions(self) -> Iterable[list[Term]]:
+        """Yield the moments in which masks and functions of the caller are evaluated."""
+        axes = {"b": "batch", "h": "heads", "q": "query_chunk", "k": "key_chunk"}
+        for mask in self.masks:
+            letters = mask.tile_axes
+            if "h" in letters:  # where batch entries are counted, too
+                letters = letters.replace("b", "")
+            elif mask.aligned and self.by_batch:
+                letters = "b" + letters.replace("b", "")
+            sizes = [axes[letter] for letter in letters]
+            made = mask.tile_arrays
+            arrays = max(made, min(made, 1) + self.footprint.inverses)
+            name = f"mask: {type(mask).__name__.removeprefix('Lifted')}"
+            yield [self.term(name, arrays, "threads", *sizes, number=1)]
+            if mask.key_arrays:
+                told = f"{name}, the range of keys"
+                yield [self.term(told, mask.key_arrays, "threads", "batch", "n_k", number=1)]
+        if self.spec.score_mod is not None:
+            yield [self.term("result of score_mod", *SCORES)]
+
+
+def _fullest(*moments: list[Term]) -> list[Term]:
+    """Return the terms of the moment that takes most, without those of no bytes."""
+    return max(moments, key=total)

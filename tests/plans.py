@@ -1,0 +1,112 @@
+"""A grid of calls, each with what `plan` predicts and what is measured."""
+
+from __future__ import annotations
+
+import gc
+
+import memory
+import numpy as np
+
+from chunkattn import attention, attention_vjp, masks, plan
+
+TILES = {"query_chunk_size": 256, "key_chunk_size": 512}
+SHAPES = {
+    "one head": {},
+    "twice as long": {"n": 4096},
+    "d = 128": {"d": 128, "d_v": 128},
+    "d_v = 16": {"d_v": 16},
+    "8 heads": {"n": 1024, "h": 8},
+    "8 heads, 2 of keys": {"n": 1024, "h": 8, "h_k": 2},
+    "defaults": {"tiles": {}},
+    "defaults, 8 heads": {"n": 1024, "h": 8, "tiles": {}},
+    "auto": {"tiles": {}, "implementation": "auto"},
+    "auto, 8 heads": {"n": 1024, "h": 8, "tiles": {}, "implementation": "auto"},
+    "within 1.5 MB": {"tiles": {"memory_limit": "1.5MB"}},
+    "float64": {"dtype": "float64"},
+    "float16": {"dtype": "float16"},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+KEYWORDS = {
+    "causal": lambda case: {"causal": True},
+    "window": lambda case: {"mask": masks.Window(300, 0)},
+    "lengths": lambda case: {
+        "mask": masks.Lengths(key=case.lib.asarray(np.asarray(case.n * 3 // 4 - 40)))
+    },
+    "segments": lambda case: {"mask": masks.Segments(case.lib.asarray(np.arange(case.n) // 700))},
+    "mask array": lambda case: {"mask": case.lib.asarray(case.random(case.n, case.n) < 0.5)},
+    "bias": lambda case: {"bias": case.lib.asarray(case.random(case.n, case.n))},
+    "softcap": lambda case: {"softcap": 20.0},
+    "sinks": lambda case: {"sinks": case.lib.asarray(np.ones(case.h, np.float32))},
+    "dropout": lambda case: {"dropout": 0.1, "dropout_seed": 1},
+    "causal, softcap, bias": lambda case: KEYWORDS["bias"](case) | {"causal": True, "softcap": 2.0},
+}
+
+
+def cases(lib):
+    """Return the names of the calls that a library can make."""
+    dtypes = ("float16", "bfloat16", "float64")
+    lacking = {name for name in dtypes if name not in lib.dtypes}
+    return [name for name in (*SHAPES, *KEYWORDS) if name not in lacking]
+
+
+class Case:
+    """A call of the grid on a library, with `training` its gradients too."""
+
+    def __init__(self, lib, name, training, n=None):
+        short = n is not None
+        self.lib, self.training = lib, training
+        chosen = {"n": 2048, "h": 1, "d": 64, "d_v": 64, "dtype": lib.default, "tiles": TILES}
+        chosen |= {"implementation": "chunked"} | SHAPES.get(name, {})
+        self.n, self.h = n if short else chosen["n"], chosen["h"]
+        self.rng = np.random.default_rng(0)
+        h_k, dtype = chosen.get("h_k", self.h), chosen["dtype"]
+        shapes = [(self.h, chosen["d"]), (h_k, chosen["d"]), (h_k, chosen["d_v"])]
+        self.tokens = [lib.asarray(self.random(h, self.n, d), dtype) for h, d in shapes]
+        self.d_out = lib.asarray(self.random(self.h, self.n, chosen["d_v"]), dtype)
+        self.keywords = {"implementation": chosen["implementation"], **chosen["tiles"]}
+        self.keywords |= KEYWORDS[name](self) if name in KEYWORDS else {}
+
+    def random(self, *shape):
+        return self.rng.standard_normal(shape, dtype=np.float32)
+
+    def plan(self):
+        return plan(*self.tokens, training=self.training, **self.keywords)
+
+    def call(self, *arrays):
+        """Return the results of a call of query, key, value and the gradient of `out`."""
+        *tokens, d_out = arrays
+        if not self.training:
+            return (attention(*tokens, **self.keywords),)
+        if self.lib.name.startswith("torch"):
+            import torch
+
+            tokens = [x.detach().requires_grad_() for x in tokens]
+            out = attention(*tokens, **self.keywords)
+            return (out, *torch.autograd.grad(out, tokens, d_out))
+        if self.lib.name.startswith("jax"):
+            import jax
+
+            out, vjp = jax.vjp(lambda *tokens: attention(*tokens, **self.keywords), *tokens)
+            return (out, *vjp(d_out))
+        out, vjp = attention_vjp(*tokens, **self.keywords)
+        gradients = vjp(d_out)
+        return (out, *gradients.values())
+
+    def measured(self, threads=1):
+        """Return the most that the call holds at a time beyond inputs and outputs."""
+        return memory.extra_bytes(self.lib, self.call, *self.tokens, self.d_out, threads=threads)
+
+    def resident(self, short):
+        """Return by how much this process's resident set rises, on JAX; `short` is called first."""
+        import jax
+
+        from chunkattn.cli._memory import start
+
+        arrays = (*self.tokens, self.d_out)
+        compiled = jax.jit(self.call).lower(*arrays).compile()
+        jax.block_until_ready(jax.jit(short.call)(*short.tokens, short.d_out))
+        gc.collect()
+        memory._give_back()
+        meter = start(arrays[0])
+        results = jax.block_until_ready(compiled(*arrays))
+        return meter.rise() - memory.nbytes(results)
