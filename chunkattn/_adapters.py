@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -27,6 +28,12 @@ def _known(cls: Any) -> str | None:
     return next((_ADAPTERS[root] for root in roots if root in _ADAPTERS), None)
 
 
+def compiling() -> bool:
+    """Whether PyTorch's compiler or export traces the call, and wants to see one operator."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
 _ARRAYS: dict[type, bool] = {}  # whether a class is one of arrays; asking array_api_compat is slow
 _BY_CLASS: dict[type, Any] = {}
 
@@ -34,9 +41,19 @@ _BY_CLASS: dict[type, Any] = {}
 def is_array(x: Any) -> bool:
     """Whether `x` is an array of a library that attention can take."""
     cls = type(x)
+    if compiling():
+        from ._compiled import torch_compile
+
+        if torch_compile.is_tensor(x):
+            return True
     if cls not in _ARRAYS:  # a NumPy scalar is none
         _ARRAYS[cls] = array_api_compat.is_array_api_obj(x) and not isinstance(x, Number)
     return _ARRAYS[cls]
+
+
+def loaded(x: Array) -> Any:
+    """Return the adapter for an array of this class, which is imported where it was not yet."""
+    return _named(_known(type(x)) or "generic", array_api_compat.array_namespace(x))
 
 
 def adapter_of(x: Array, name: str) -> Any:
@@ -48,9 +65,10 @@ def adapter_of(x: Array, name: str) -> Any:
         )
     cls: Any = type(x)
     adapter = _BY_CLASS.get(cls)
-    if adapter is None:
-        module = _known(cls) or "generic"
-        adapter = _BY_CLASS[cls] = _named(module, array_api_compat.array_namespace(x))
+    if adapter is None and compiling():  # which cannot look into imports and caches
+        from ._compiled import TORCH as adapter
+    elif adapter is None:
+        adapter = _BY_CLASS[cls] = loaded(x)
     adapter.check(x, name)
     return adapter
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ._adapters import compiling
 from ._native import operation
 from ._progress import Progress
 from ._request import Request, make_request
@@ -182,27 +183,30 @@ def attention(
     >>> out.shape, lse.shape
     ((2, 8, 1, 64), (2, 8, 1))
     """
-    request = make_request(
-        query,
-        key,
-        value,
-        scale=scale,
-        causal=causal,
-        mask=mask,
-        bias=bias,
-        softcap=softcap,
-        score_mod=score_mod,
-        sinks=sinks,
-        dropout=dropout,
-        dropout_seed=dropout_seed,
-        query_offset=query_offset,
-        key_offset=key_offset,
-        layout=layout,
-        query_chunk_size=query_chunk_size,
-        key_chunk_size=key_chunk_size,
-        compute_dtype=compute_dtype,
-        implementation=implementation,
-    )
+    keywords = {
+        "scale": scale,
+        "causal": causal,
+        "mask": mask,
+        "bias": bias,
+        "softcap": softcap,
+        "score_mod": score_mod,
+        "sinks": sinks,
+        "dropout": dropout,
+        "dropout_seed": dropout_seed,
+        "query_offset": query_offset,
+        "key_offset": key_offset,
+        "layout": layout,
+        "query_chunk_size": query_chunk_size,
+        "key_chunk_size": key_chunk_size,
+        "compute_dtype": compute_dtype,
+        "implementation": implementation,
+    }
+    if compiling():
+        from ._compiled import traced
+
+        further = {"return_lse": return_lse, "progress": progress}
+        return traced(query, key, value, keywords | further)
+    request = make_request(query, key, value, **keywords)
     algorithm = operation(
         request, implementation, return_lse=return_lse, reports=progress not in (None, False)
     )

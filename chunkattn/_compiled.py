@@ -1,0 +1,187 @@
+"""A call that PyTorch's compiler, or its export, traces: one operator with plain arguments.
+
+Only traced calls import this module: PyTorch's compiler imports it for real where it traces an
+import, so that the operators are there before the graph is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _attention as eager
+from ._adapters import adapter_of, loaded
+from ._native import operation
+from ._request import make_request
+from .backends import torch_compile
+from .masks import Causal, Dense, Lengths, Mask, Segments, Window
+
+Array = Any
+Given = dict[str, Any]
+
+ALONE = ("scale", "query_offset", "key_offset", "dropout_seed")  # a number, or an array
+SUFFIX = "_tensor"
+_MASKS: dict[str, Any] = {  # each with its fields
+    "causal": (Causal,),
+    "window": (Window, "left", "right"),
+    "lengths": (Lengths, "query", "key"),
+    "segments": (Segments, "query", "key"),
+    "dense": (Dense, "allowed"),
+}
+REASON = (
+    "a score_mod, a mask_mod, a mask class of your own, or progress is Python code, which no "
+    "operator of PyTorch can hold; masks of chunkattn.masks, arrays and numbers can be compiled"
+)
+
+
+def forward(given: Given, names: tuple[str, ...]) -> dict[str, Array]:
+    """Return the results of these names."""
+    request, algorithm = _call(given)
+    found = request.apply(algorithm)
+    xp = request.xp
+    if "low" in names and "low" not in found:  # from a kernel, which tells no more
+        found["low"] = xp.zeros_like(found["lse"])
+    if "exact" in names and "exact" not in found:
+        found["exact"] = xp.cast(found["out"], request.spec.compute)
+    return {name: found[name] for name in names}
+
+
+def backward(
+    given: Given, results: Given, gradients: Given, names: tuple[str, ...]
+) -> dict[str, Array]:
+    """Return the gradients of the arguments of these names."""
+    request, algorithm = _call(given | {"trains": True})
+    xp, spec = request.xp, request.spec
+    if not results.keys() >= set(algorithm.outputs):
+        results = request.apply(algorithm)
+    bars = {name: gradients.get(name) for name in algorithm.outputs}
+    for name, bar in bars.items():
+        if bar is None:
+            bars[name] = xp.zeros_like(results[name])
+    wanted = tuple(name.removesuffix(SUFFIX) for name in names)
+    apply = xp.differentiable
+    found = algorithm.cotangent(apply, spec, request.data, request.inputs, results, bars, wanted)
+    return {name: found[name.removesuffix(SUFFIX)] for name in names}
+
+
+def _call(given: Given) -> tuple[Any, Any]:
+    """Return the request and its operation, from the operator's arguments."""
+    given = dict(given)
+    trains, return_lse = given.pop("trains"), given.pop("return_lse")
+    for name in ALONE:
+        array = given.pop(name + SUFFIX)
+        given[name] = given[name] if array is None else array
+    mask = _masks(given.pop("masks"), given.pop("mask_tensors"))
+    request = make_request(**given, mask=mask, score_mod=None)
+    algorithm = operation(request, given["implementation"], return_lse=return_lse, reports=False)
+    return request, algorithm.with_residuals(request.spec) if trains else algorithm
+
+
+operator = torch_compile.register(__package__.replace(".", "_"), forward, backward)
+"""The operator that stands in a graph for a call."""
+TORCH = loaded(torch_compile.example())
+
+
+def _outside(query: Array, key: Array, value: Array, keywords: Given) -> Any:
+    return eager.attention(query, key, value, **keywords)
+
+
+outside = torch_compile.outside(_outside, REASON)
+
+
+def traced(query: Array, key: Array, value: Array, keywords: Given) -> Any:
+    """Return what `attention` returns, as a part of a graph."""
+    tokens = {"query": query, "key": key, "value": value}
+    tensors = all(torch_compile.is_tensor(x) for x in tokens.values())
+    plain = _plain(keywords) if tensors else None
+    if plain is None:
+        if torch_compile.exporting():
+            raise NotImplementedError(f"attention cannot be exported: {REASON}")
+        return outside(query, key, value, keywords)
+    given = adapter_of(query, "query").promoted(tokens) | plain
+    trains = torch_compile.trains(tuple(given[name] for name in torch_compile.DIFFERENTIABLE))
+    given["trains"] = trains
+    out, lse, *_ = operator(*(given[name] for name in torch_compile.ARGUMENTS))
+    return (out, lse) if given["return_lse"] else out
+
+
+def _plain(keywords: Given) -> Given | None:
+    """Return the keywords as arguments of the operator; None where it cannot hold them."""
+    given = dict(keywords)
+    if given.pop("progress") not in (None, False) or given.pop("score_mod") is not None:
+        return None
+    masks = _plain_masks(given.pop("mask"))
+    if masks is None:
+        return None
+    for name in ALONE:
+        array = torch_compile.is_tensor(given[name])
+        given[name + SUFFIX] = given[name] if array else None
+        given[name] = None if array else given[name]
+    sorts = {
+        torch_compile.NUMBERS: ("scale", "softcap", "dropout"),
+        torch_compile.INTEGERS: (*ALONE[1:], "query_chunk_size", "key_chunk_size"),
+        (str,): ("layout", "implementation"),
+    }
+    for kinds, names in sorts.items():
+        for name in names:
+            x = given[name]
+            if x is not None and (isinstance(x, bool) or not isinstance(x, kinds)):
+                return None
+    for name in sorts[torch_compile.NUMBERS]:
+        given[name] = None if given[name] is None else float(given[name])
+    for name in ("bias", "sinks"):
+        if given[name] is not None and not torch_compile.is_tensor(given[name]):
+            return None
+    seed = given["dropout_seed"]
+    if seed is not None and not -(2**63) <= seed < 2**63:  # only its lowest 64 bits count
+        given["dropout_seed"] = (seed + 2**63) % 2**64 - 2**63
+    dtype = given["compute_dtype"]
+    if dtype is not None:
+        names = [name for name, x in torch_compile.DTYPES.items() if dtype in (name, x)]
+        if not names:
+            return None
+        given["compute_dtype"] = names[0]
+    bools = isinstance(given["causal"], bool) and isinstance(given["return_lse"], bool)
+    return given | masks if bools else None
+
+
+def _plain_masks(mask: Any) -> Given | None:
+    """Return masks as words, and the tensors they hold; None where one is of another kind."""
+    words: list[str] = []
+    tensors: list[Array] = []
+    for one in mask if isinstance(mask, tuple) else () if mask is None else (mask,):
+        found = _plain_mask(one)
+        if found is None:
+            return None
+        words.append(found[0])
+        tensors += found[1]
+    return {"masks": "; ".join(words), "mask_tensors": tensors}
+
+
+def _plain_mask(mask: Any) -> tuple[str, list[Array]] | None:
+    """Return a mask as the word for its class and its fields, and the tensors it holds."""
+    if torch_compile.is_tensor(mask):
+        mask = Dense(mask)
+    for word, (cls, *fields) in _MASKS.items():
+        if type(mask) is cls:
+            tensors = []
+            for name in fields:
+                x = getattr(mask, name)
+                if torch_compile.is_tensor(x):
+                    tensors.append(x)
+                    x = "tensor"
+                word += f" {x}"
+            return word, tensors
+    return None
+
+
+def _masks(words: str, tensors: list[Array]) -> tuple[Mask, ...]:
+    """Undo `_plain_masks`."""
+    rest = iter(tensors)
+    masks = []
+    for one in words.split("; ") if words else ():
+        word, *values = one.split()
+        fields = [
+            next(rest) if x == "tensor" else None if x == "None" else int(x) for x in values
+        ]
+        masks.append(_MASKS[word][0](*fields))
+    return tuple(masks)
