@@ -27,6 +27,7 @@ ARGUMENTS = {
     "dropout_seed_tensor": "Tensor?",
     "mask_tensors": "Tensor[]",
     "masks": "str",
+    "mask_widths": "SymInt[]?",
     "scale": "float?",
     "query_offset": "SymInt?",
     "key_offset": "SymInt?",
@@ -55,6 +56,12 @@ def outside(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
         return torch.compiler.disable(function, reason=reason)  # type: ignore[no-any-return]
     except TypeError:  # an older PyTorch, which takes no reason
         return torch.compiler.disable(function)  # type: ignore[no-any-return]
+
+
+def transformed() -> bool:
+    """Whether the call is inside of a transformation of `torch.func`, or of forward mode."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return bool(forward_mode or torch._C._are_functorch_transforms_active())
 
 
 def exporting() -> bool:

@@ -41,10 +41,10 @@ _BY_CLASS: dict[type, Any] = {}
 def is_array(x: Any) -> bool:
     """Whether `x` is an array of a library that attention can take."""
     cls = type(x)
-    if compiling():
-        from ._compiled import torch_compile
+    if compiling():  # spare the compiler a look at caches, on which the compiled code would depend
+        from ._compiled import is_tensor
 
-        if torch_compile.is_tensor(x):
+        if is_tensor(x):
             return True
     if cls not in _ARRAYS:  # a NumPy scalar is none
         _ARRAYS[cls] = array_api_compat.is_array_api_obj(x) and not isinstance(x, Number)
@@ -58,6 +58,12 @@ def loaded(x: Array) -> Any:
 
 def adapter_of(x: Array, name: str) -> Any:
     """Return the adapter for the array `x`, the argument called `name`."""
+    if compiling():
+        from ._compiled import TORCH, is_tensor
+
+        if is_tensor(x):
+            TORCH.check(x, name)
+            return TORCH
     if not is_array(x):
         raise TypeError(
             f"{name} must be an array of an array API library (NumPy, CuPy, JAX, PyTorch, …), "
@@ -65,9 +71,7 @@ def adapter_of(x: Array, name: str) -> Any:
         )
     cls: Any = type(x)
     adapter = _BY_CLASS.get(cls)
-    if adapter is None and compiling():  # which cannot look into imports and caches
-        from ._compiled import TORCH as adapter
-    elif adapter is None:
+    if adapter is None:
         adapter = _BY_CLASS[cls] = loaded(x)
     adapter.check(x, name)
     return adapter

@@ -6,6 +6,7 @@ import, so that the operators are there before the graph is.
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 from . import _attention as eager
@@ -13,6 +14,7 @@ from ._adapters import adapter_of, loaded
 from ._native import operation
 from ._request import make_request
 from .backends import torch_compile
+from .backends.torch_compile import is_tensor
 from .masks import Causal, Dense, Lengths, Mask, Segments, Window
 
 Array = Any
@@ -27,10 +29,11 @@ _MASKS: dict[str, Any] = {  # each with its fields
     "segments": (Segments, "query", "key"),
     "dense": (Dense, "allowed"),
 }
-REASON = (
+PYTHON = (
     "a score_mod, a mask_mod, a mask class of your own, or progress is Python code, which no "
-    "operator of PyTorch can hold; masks of chunkattn.masks, arrays and numbers can be compiled"
+    "operator of PyTorch can hold; masks of chunkattn.masks, tensors and numbers can be compiled"
 )
+TRANSFORMED = "the operator of attention knows neither torch.func nor forward mode"
 
 
 def forward(given: Given, names: tuple[str, ...]) -> dict[str, Array]:
@@ -70,7 +73,7 @@ def _call(given: Given) -> tuple[Any, Any]:
     for name in ALONE:
         array = given.pop(name + SUFFIX)
         given[name] = given[name] if array is None else array
-    mask = _masks(given.pop("masks"), given.pop("mask_tensors"))
+    mask = _masks(*(given.pop(name) for name in ("masks", "mask_widths", "mask_tensors")))
     request = make_request(**given, mask=mask, score_mod=None)
     algorithm = operation(request, given["implementation"], return_lse=return_lse, reports=False)
     return request, algorithm.with_residuals(request.spec) if trains else algorithm
@@ -81,23 +84,25 @@ operator = torch_compile.register(__package__.replace(".", "_"), forward, backwa
 TORCH = loaded(torch_compile.example())
 
 
-def _outside(query: Array, key: Array, value: Array, keywords: Given) -> Any:
+def _eager(query: Array, key: Array, value: Array, keywords: Given) -> Any:
     return eager.attention(query, key, value, **keywords)
 
 
-outside = torch_compile.outside(_outside, REASON)
+_OUTSIDE = {why: torch_compile.outside(_eager, why) for why in (PYTHON, TRANSFORMED)}
 
 
 def traced(query: Array, key: Array, value: Array, keywords: Given) -> Any:
     """Return what `attention` returns, as a part of a graph."""
     tokens = {"query": query, "key": key, "value": value}
-    tensors = all(torch_compile.is_tensor(x) for x in tokens.values())
-    plain = _plain(keywords) if tensors else None
-    if plain is None:
+    plain = _plain(keywords) if all(is_tensor(x) for x in tokens.values()) else None
+    transformed = torch_compile.transformed()
+    if plain is None or transformed:
+        why = TRANSFORMED if transformed else PYTHON
         if torch_compile.exporting():
-            raise NotImplementedError(f"attention cannot be exported: {REASON}")
-        return outside(query, key, value, keywords)
-    given = adapter_of(query, "query").promoted(tokens) | plain
+            raise NotImplementedError(f"attention cannot be exported: {why}")
+        return _OUTSIDE[why](query, key, value, keywords)
+    xp = adapter_of(query, "query")
+    given = xp.promoted(tokens) | plain
     trains = torch_compile.trains(tuple(given[name] for name in torch_compile.DIFFERENTIABLE))
     given["trains"] = trains
     out, lse, *_ = operator(*(given[name] for name in torch_compile.ARGUMENTS))
@@ -113,7 +118,7 @@ def _plain(keywords: Given) -> Given | None:
     if masks is None:
         return None
     for name in ALONE:
-        array = torch_compile.is_tensor(given[name])
+        array = is_tensor(given[name])
         given[name + SUFFIX] = given[name] if array else None
         given[name] = None if array else given[name]
     sorts = {
@@ -129,7 +134,7 @@ def _plain(keywords: Given) -> Given | None:
     for name in sorts[torch_compile.NUMBERS]:
         given[name] = None if given[name] is None else float(given[name])
     for name in ("bias", "sinks"):
-        if given[name] is not None and not torch_compile.is_tensor(given[name]):
+        if given[name] is not None and not is_tensor(given[name]):
             return None
     seed = given["dropout_seed"]
     if seed is not None and not -(2**63) <= seed < 2**63:  # only its lowest 64 bits count
@@ -145,43 +150,46 @@ def _plain(keywords: Given) -> Given | None:
 
 
 def _plain_masks(mask: Any) -> Given | None:
-    """Return masks as words, and the tensors they hold; None where one is of another kind."""
+    """Return masks as words, widths and tensors; None where one is of another kind."""
     words: list[str] = []
+    widths: list[int] = []
     tensors: list[Array] = []
     for one in mask if isinstance(mask, tuple) else () if mask is None else (mask,):
         found = _plain_mask(one)
         if found is None:
             return None
         words.append(found[0])
-        tensors += found[1]
-    return {"masks": "; ".join(words), "mask_tensors": tensors}
+        widths += found[1]
+        tensors += found[2]
+    return {"masks": "; ".join(words), "mask_widths": widths or None, "mask_tensors": tensors}
 
 
-def _plain_mask(mask: Any) -> tuple[str, list[Array]] | None:
-    """Return a mask as the word for its class and its fields, and the tensors it holds."""
-    if torch_compile.is_tensor(mask):
+def _plain_mask(mask: Any) -> tuple[str, list[int], list[Array]] | None:
+    """Return a mask as words for its class and each field, with its numbers and tensors."""
+    if is_tensor(mask):
         mask = Dense(mask)
     for word, (cls, *fields) in _MASKS.items():
         if type(mask) is cls:
-            tensors = []
+            widths, tensors = [], []
             for name in fields:
                 x = getattr(mask, name)
-                if torch_compile.is_tensor(x):
+                if x is None:
+                    word += " none"
+                elif is_tensor(x):
+                    word += " tensor"
                     tensors.append(x)
-                    x = "tensor"
-                word += f" {x}"
-            return word, tensors
+                else:
+                    word += " width"
+                    widths.append(x)
+            return word, widths, tensors
     return None
 
 
-def _masks(words: str, tensors: list[Array]) -> tuple[Mask, ...]:
+def _masks(words: str, widths: list[int] | None, tensors: list[Array]) -> tuple[Mask, ...]:
     """Undo `_plain_masks`."""
-    rest = iter(tensors)
+    rest = {"none": repeat(None), "width": iter(widths or ()), "tensor": iter(tensors)}
     masks = []
     for one in words.split("; ") if words else ():
-        word, *values = one.split()
-        fields = [
-            next(rest) if x == "tensor" else None if x == "None" else int(x) for x in values
-        ]
-        masks.append(_MASKS[word][0](*fields))
+        word, *kinds = one.split()
+        masks.append(_MASKS[word][0](*(next(rest[kind]) for kind in kinds)))
     return tuple(masks)
