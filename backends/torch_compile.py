@@ -65,8 +65,8 @@ def transformed() -> bool:
 
 
 def exporting() -> bool:
-    """Whether a program is being exported, which cannot call anything between two graphs."""
-    return bool(getattr(torch.compiler, "is_exporting", bool)())
+    """Whether a program is exported by running the code, where nothing keeps from looking inside."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def is_tensor(x: Any) -> bool:

@@ -10,7 +10,7 @@ from itertools import repeat
 from typing import Any
 
 from . import _attention as eager
-from ._adapters import adapter_of, loaded
+from ._adapters import common_adapter, loaded
 from ._native import operation
 from ._request import make_request
 from .backends import torch_compile
@@ -101,7 +101,7 @@ def traced(query: Array, key: Array, value: Array, keywords: Given) -> Any:
         if torch_compile.exporting():
             raise NotImplementedError(f"attention cannot be exported: {why}")
         return _OUTSIDE[why](query, key, value, keywords)
-    xp = adapter_of(query, "query")
+    xp = common_adapter(tuple(tokens.items()))
     given = xp.promoted(tokens) | plain
     trains = torch_compile.trains(tuple(given[name] for name in torch_compile.DIFFERENTIABLE))
     given["trains"] = trains
