@@ -94,7 +94,7 @@ _OUTSIDE = {why: torch_compile.outside(_eager, why) for why in (PYTHON, TRANSFOR
 def traced(query: Array, key: Array, value: Array, keywords: Given) -> Any:
     """Return what `attention` returns, as a part of a graph."""
     tokens = {"query": query, "key": key, "value": value}
-    plain = _plain(keywords) if all(is_tensor(x) for x in tokens.values()) else None
+    plain = operands(keywords) if all(is_tensor(x) for x in tokens.values()) else None
     transformed = torch_compile.transformed()
     if plain is None or transformed:
         why = TRANSFORMED if transformed else PYTHON
@@ -109,7 +109,7 @@ def traced(query: Array, key: Array, value: Array, keywords: Given) -> Any:
     return (out, lse) if given["return_lse"] else out
 
 
-def _plain(keywords: Given) -> Given | None:
+def operands(keywords: Given) -> Given | None:
     """Return the keywords as arguments of the operator; None where it cannot hold them."""
     given = dict(keywords)
     if given.pop("progress") not in (None, False) or given.pop("score_mod") is not None:
