@@ -185,6 +185,8 @@ class Adapter(generic.Adapter):
         """Call the operation as an `autograd.Function`, which PyTorch's compiler leaves as it is.
 
         The compiler would unroll the loops over the tiles, and it refuses a Function with a `jvp`.
+        A call of `attention` is one operator to it, and does not come here before it runs; other
+        entry points do.
         """
         if torch.compiler.is_compiling():
             found: dict[str, Array] = torch.compiler.disable(self._apply)(

@@ -47,7 +47,9 @@ DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks", "scale_tensor")
 RESULTS = ("out", "lse", "low", "exact")
 INTEGERS = (int, torch.SymInt)
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+TENSOR = torch.Tensor
+DTYPES: dict[Any, str] = {"float32": "float32", "float64": "float64"}
+DTYPES |= {torch.float32: "float32", torch.float64: "float64"}
 
 
 def outside(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
@@ -65,13 +67,13 @@ def transformed() -> bool:
 
 
 def exporting() -> bool:
-    """Whether a program is exported by running the code, where nothing keeps from looking inside."""
+    """Whether a program is exported by running the code, which leaves nothing out."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def is_tensor(x: Any) -> bool:
     """Whether `x` is a tensor."""
-    return isinstance(x, torch.Tensor)
+    return isinstance(x, TENSOR)
 
 
 def example() -> Array:
@@ -109,9 +111,7 @@ def register(
         d_out: Array | None, d_lse: Array | None, wanted: str, *args: Any
     ) -> list[Array]:
         results, given = args[: len(RESULTS)], _named(args[len(RESULTS) :])
-        found = {
-            name: x for name, x in zip(RESULTS, results, strict=True) if name in _kept(given)
-        }
+        found = {name: x for name, x in zip(RESULTS, results, strict=True) if name in _kept(given)}
         bars = {name: x for name, x in (("out", d_out), ("lse", d_lse)) if x is not None}
         names = tuple(wanted.split())
         with torch.no_grad(), torch.autocast(given["query"].device.type, enabled=False):
@@ -121,9 +121,7 @@ def register(
     def fake(*args: Any) -> tuple[Array, ...]:
         given = _named(args)
         shapes = _shapes(given)
-        return _results(
-            given, {name: _empty(given, name, *shapes[name]) for name in _kept(given)}
-        )
+        return _results(given, {name: _empty(given, name, *shapes[name]) for name in _kept(given)})
 
     def fake_backward(
         d_out: Array | None, d_lse: Array | None, wanted: str, *args: Any
@@ -221,7 +219,7 @@ def _compute(given: Given) -> Any:
     """Return the dtype of scores, sums and lse."""
     asked, dtype = given["compute_dtype"], given["query"].dtype
     if asked is not None:
-        return DTYPES[asked]
+        return getattr(torch, asked)
     return dtype if dtype == torch.float64 else torch.float32
 
 

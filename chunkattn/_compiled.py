@@ -11,10 +11,11 @@ from typing import Any
 
 from . import _attention as eager
 from ._adapters import common_adapter, loaded
+from ._calculus import RESULTS
 from ._native import operation
 from ._request import make_request
 from .backends import torch_compile
-from .backends.torch_compile import is_tensor
+from .backends.torch_compile import is_tensor as is_tensor
 from .masks import Causal, Dense, Lengths, Mask, Segments, Window
 
 Array = Any
@@ -56,10 +57,11 @@ def backward(
     xp, spec = request.xp, request.spec
     if not results.keys() >= set(algorithm.outputs):
         results = request.apply(algorithm)
-    bars = {name: gradients.get(name) for name in algorithm.outputs}
-    for name, bar in bars.items():
-        if bar is None:
-            bars[name] = xp.zeros_like(results[name])
+    bars = {
+        name: gradients[name] if name in gradients else xp.zeros_like(results[name])
+        for name in RESULTS
+        if name in results
+    }
     wanted = tuple(name.removesuffix(SUFFIX) for name in names)
     apply = xp.differentiable
     found = algorithm.cotangent(apply, spec, request.data, request.inputs, results, bars, wanted)
@@ -74,7 +76,7 @@ def _call(given: Given) -> tuple[Any, Any]:
         array = given.pop(name + SUFFIX)
         given[name] = given[name] if array is None else array
     mask = _masks(*(given.pop(name) for name in ("masks", "mask_widths", "mask_tensors")))
-    request = make_request(**given, mask=mask, score_mod=None)
+    request = make_request(**given, mask=mask or None, score_mod=None)
     algorithm = operation(request, given["implementation"], return_lse=return_lse, reports=False)
     return request, algorithm.with_residuals(request.spec) if trains else algorithm
 
@@ -95,9 +97,8 @@ def traced(query: Array, key: Array, value: Array, keywords: Given) -> Any:
     """Return what `attention` returns, as a part of a graph."""
     tokens = {"query": query, "key": key, "value": value}
     plain = operands(keywords) if all(is_tensor(x) for x in tokens.values()) else None
-    transformed = torch_compile.transformed()
-    if plain is None or transformed:
-        why = TRANSFORMED if transformed else PYTHON
+    if plain is None or torch_compile.transformed():
+        why = PYTHON if plain is None else TRANSFORMED
         if torch_compile.exporting():
             raise NotImplementedError(f"attention cannot be exported: {why}")
         return _OUTSIDE[why](query, key, value, keywords)
@@ -121,32 +122,33 @@ def operands(keywords: Given) -> Given | None:
         array = is_tensor(given[name])
         given[name + SUFFIX] = given[name] if array else None
         given[name] = None if array else given[name]
-    sorts = {
-        torch_compile.NUMBERS: ("scale", "softcap", "dropout"),
-        torch_compile.INTEGERS: (*ALONE[1:], "query_chunk_size", "key_chunk_size"),
-        (str,): ("layout", "implementation"),
-    }
-    for kinds, names in sorts.items():
+    for kinds, names in _KINDS:
         for name in names:
             x = given[name]
-            if x is not None and (isinstance(x, bool) or not isinstance(x, kinds)):
+            absent = x is None and name not in ("dropout", "layout", "implementation")
+            if not absent and (
+                not isinstance(x, kinds) or (isinstance(x, bool) != (kinds is bool))
+            ):
                 return None
-    for name in sorts[torch_compile.NUMBERS]:
+    for name in ("scale", "softcap", "dropout"):
         given[name] = None if given[name] is None else float(given[name])
-    for name in ("bias", "sinks"):
-        if given[name] is not None and not is_tensor(given[name]):
-            return None
-    seed = given["dropout_seed"]
+    seed, dtype = given["dropout_seed"], given["compute_dtype"]
     if seed is not None and not -(2**63) <= seed < 2**63:  # only its lowest 64 bits count
         given["dropout_seed"] = (seed + 2**63) % 2**64 - 2**63
-    dtype = given["compute_dtype"]
     if dtype is not None:
-        names = [name for name, x in torch_compile.DTYPES.items() if dtype in (name, x)]
-        if not names:
+        given["compute_dtype"] = torch_compile.DTYPES.get(dtype)
+        if given["compute_dtype"] is None:
             return None
-        given["compute_dtype"] = names[0]
-    bools = isinstance(given["causal"], bool) and isinstance(given["return_lse"], bool)
-    return given | masks if bools else None
+    return given | masks
+
+
+_KINDS = (
+    (torch_compile.NUMBERS, ("scale", "softcap", "dropout")),
+    (torch_compile.INTEGERS, (*ALONE[1:], "query_chunk_size", "key_chunk_size")),
+    (str, ("layout", "implementation")),
+    (bool, ("causal", "return_lse")),
+    (torch_compile.TENSOR, ("bias", "sinks")),
+)
 
 
 def _plain_masks(mask: Any) -> Given | None:

@@ -6,13 +6,15 @@ from inspect import signature
 
 import pytest
 import torch
-
-from chunkattn import attention, attention_vjp, interop, masks
 from chunkattn.backends.torch_compile import ARGUMENTS
 
+from chunkattn import attention, attention_vjp, interop, masks
+
 pytestmark = [
-    # PyTorch itself uses what it deprecates, on the first use of forward mode.
+    # PyTorch itself does what it warns of, where a graph ends.
     pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*Function'> should not be inst:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin"),
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache"),
 ]
@@ -103,7 +105,7 @@ def test_inductor(tokens, layout):
 @pytest.mark.parametrize("layout", ["hnd", "nhd"])
 def test_the_operator_keeps_pytorchs_rules(tokens, layout):
     """Its schema, its fake, and its gradients; also where it keeps what they need."""
-    from chunkattn._compiled import operator, operands
+    from chunkattn._compiled import operands, operator
 
     tokens = [x.transpose(1, 2) if layout == "nhd" else x for x in tokens]
     tokens = [x.bfloat16().contiguous().requires_grad_() for x in tokens]
@@ -217,7 +219,7 @@ def test_torch_func_breaks_the_graph(tokens, name):
 
     compiled = torch.compile(transformed, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens[0]), transformed(tokens[0]))
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="neither torch.func nor"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"neither torch\.func nor"):
         torch.compile(transformed, backend="eager", fullgraph=True)(tokens[0])
 
 
