@@ -157,6 +157,8 @@ def attention(
     by all floating arrays, also those that `score_mod` captures, in reverse and forward mode and to
     second order, and whatever `implementation` computed the result.
 
+    PyTorch's compiler, and its export, take a call as one operator, unless functions take part.
+
     JAX compiles a call once for its shapes and keywords; offsets and scale are data and may change
     freely or be traced.
 

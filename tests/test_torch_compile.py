@@ -6,7 +6,7 @@ from inspect import signature
 
 import pytest
 import torch
-from chunkattn.backends.torch_compile import ARGUMENTS
+from chunkattn.backends import torch_compile
 
 from chunkattn import attention, attention_vjp, interop, masks
 
@@ -102,6 +102,19 @@ def test_inductor(tokens, layout):
     same(around, *tokens, backend="inductor")
 
 
+@pytest.mark.parametrize("off_cpu", [False, True])
+@pytest.mark.parametrize("implementation", ["auto", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels(tokens, dtype, implementation, off_cpu, monkeypatch):
+    """By PyTorch's kernels, and where one may be called, which is on GPUs, but none is."""
+    x = tokens[0].to(dtype)
+    monkeypatch.setattr(torch_compile, "_kernel_may_do", lambda given: off_cpu)
+    for return_lse in (False, True):
+        torch._dynamo.reset()
+        keywords = {"implementation": implementation, "return_lse": return_lse}
+        same(lambda *y, keywords=keywords: attention(*y, causal=True, **keywords), x, 2 * x, x)
+
+
 @pytest.mark.parametrize("layout", ["hnd", "nhd"])
 def test_the_operator_keeps_pytorchs_rules(tokens, layout):
     """Its schema, its fake, and its gradients; also where it keeps what they need."""
@@ -113,7 +126,7 @@ def test_the_operator_keeps_pytorchs_rules(tokens, layout):
     keywords = {x.name: x.default for x in parameters if x.default is not x.empty}
     plain = operands(keywords | {"layout": layout, "mask": masks.Window(2, 0)})
     given = dict(zip(("query", "key", "value"), tokens, strict=True)) | plain | {"trains": True}
-    torch.library.opcheck(operator._opoverload, tuple(given[x] for x in ARGUMENTS))
+    torch.library.opcheck(operator._opoverload, tuple(given[x] for x in torch_compile.ARGUMENTS))
 
 
 def test_graph_holds_one_operator(tokens):
