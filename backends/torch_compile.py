@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .generic import Array
 
@@ -68,7 +69,12 @@ def transformed() -> bool:
 
 def exporting() -> bool:
     """Whether a program is exported by running the code, which leaves nothing out."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return not torch.compiler.is_dynamo_compiling()
+
+
+def elsewhere() -> bool:
+    """Whether it is another thread that compiles, of which PyTorch tells every thread."""
+    return exporting() and _get_current_dispatch_mode() is None
 
 
 def is_tensor(x: Any) -> bool:

@@ -208,9 +208,24 @@ def attention(
 
         further = {"return_lse": return_lse, "progress": progress}
         return traced(query, key, value, keywords | further)
+    return compute(query, key, value, return_lse, progress, keywords)
+
+
+def compute(
+    query: Array,
+    key: Array,
+    value: Array,
+    return_lse: bool,
+    progress: Any,
+    keywords: dict[str, Any],
+) -> Any:
+    """Return what `attention` returns, here and now."""
     request = make_request(query, key, value, **keywords)
     algorithm = operation(
-        request, implementation, return_lse=return_lse, reports=progress not in (None, False)
+        request,
+        keywords["implementation"],
+        return_lse=return_lse,
+        reports=progress not in (None, False),
     )
     found = run(request, progress, algorithm)
     return (found["out"], found["lse"]) if return_lse else found["out"]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from itertools import repeat
 from typing import Any
 
-from . import _attention as eager
 from ._adapters import common_adapter, loaded
+from ._attention import compute
 from ._calculus import RESULTS
 from ._native import operation
 from ._request import make_request
@@ -87,7 +87,8 @@ TORCH = loaded(torch_compile.example())
 
 
 def _eager(query: Array, key: Array, value: Array, keywords: Given) -> Any:
-    return eager.attention(query, key, value, **keywords)
+    given = dict(keywords)
+    return compute(query, key, value, given.pop("return_lse"), given.pop("progress"), given)
 
 
 _OUTSIDE = {why: torch_compile.outside(_eager, why) for why in (PYTHON, TRANSFORMED)}
@@ -95,6 +96,8 @@ _OUTSIDE = {why: torch_compile.outside(_eager, why) for why in (PYTHON, TRANSFOR
 
 def traced(query: Array, key: Array, value: Array, keywords: Given) -> Any:
     """Return what `attention` returns, as a part of a graph."""
+    if torch_compile.elsewhere():
+        return _eager(query, key, value, keywords)
     tokens = {"query": query, "key": key, "value": value}
     plain = operands(keywords) if all(is_tensor(x) for x in tokens.values()) else None
     if plain is None or torch_compile.transformed():

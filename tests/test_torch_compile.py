@@ -266,6 +266,15 @@ def test_mistakes_are_told_as_they_are_without_a_compiler(tokens):
         torch.compile(lambda: attention(q, k, v, scale="1"), backend="eager")()
 
 
+@pytest.mark.parametrize("keywords", [{}, {"score_mod": lambda s, b, h, i, j: s + j}])
+def test_a_call_while_another_thread_compiles(tokens, keywords, monkeypatch):
+    """PyTorch says so to every thread."""
+    expected = gradients(lambda *x: attention(*x, **keywords), *tokens)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    found = gradients(lambda *x: attention(*x, **keywords), *tokens)
+    torch.testing.assert_close(found, expected)
+
+
 def test_other_entry_points(tokens):
     """Derivatives by name stand between two graphs."""
 
