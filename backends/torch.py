@@ -47,7 +47,12 @@ class Adapter(generic.Adapter):
         return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
     def check(self, x: Array, name: str) -> None:
-        """Refuse sparse and nested tensors."""
+        """Refuse sparse, nested and distributed tensors."""
+        if type(x).__name__ == "DTensor":  # of torch.distributed, which is slow to import
+            raise TypeError(
+                f"{name} is a DTensor; pass its local part, {name}.to_local(): attention of shards "
+                "of batch or heads, or of replicated tensors, is that of the parts"
+            )
         if x.is_nested:
             raise TypeError(f"{name} is a nested tensor; pad it, or use masks.Segments")
         if x.layout != torch.strided:
@@ -126,7 +131,7 @@ class Adapter(generic.Adapter):
     def promoted(self, tokens: dict[str, Array]) -> dict[str, Array]:
         """Cast to the dtype of a surrounding `torch.autocast`, as PyTorch's own attention does."""
         device = tokens["query"].device.type
-        if not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return tokens
         dtype = torch.get_autocast_dtype(device)
         return {
@@ -189,6 +194,8 @@ class Adapter(generic.Adapter):
         """Call the operation as an `autograd.Function`, which PyTorch's compiler leaves as it is.
 
         The compiler would unroll the loops over the tiles, and it refuses a Function with a `jvp`.
+        A call of `attention` is one operator to it, and does not come here before it runs; other
+        entry points do.
         """
         if torch.compiler.is_compiling():
             found: dict[str, Array] = torch.compiler.disable(self._apply)(

@@ -9,16 +9,27 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
 from .generic import Array
+
+
+def is_shape(x: Array) -> bool:
+    """Whether `x` has no values (on the meta device, or fake), and nothing traces the call."""
+    return (x.is_meta or isinstance(x, FakeTensor)) and get_proxy_mode() is None
 
 
 def computed(
     adapter: Any, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
 ) -> dict[str, Array]:
     """Return the operation's results, in the dtypes that they are asked for."""
-    device = inputs["query"].device.type
+    like = inputs["query"]
+    if is_shape(like):
+        shapes = operation.shapes(spec, data, inputs)
+        return {name: like.new_empty(shape, dtype=t) for name, (shape, t) in shapes.items()}
+    device = like.device.type
     mixed = torch.is_autocast_enabled(device)
     with torch.no_grad(), torch.autocast(device, enabled=False) if mixed else nullcontext():
         found: dict[str, Array] = operation(adapter, spec, data, inputs)

@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from .generic import Array
+from .torch_autograd import is_shape
 
 aten = torch.ops.aten
 
@@ -73,6 +74,8 @@ def choose(call: Any) -> tuple[Kernel | None, bool, str]:
         return None, False, "the kernels want a width that is a multiple of 8"
     if any(x.stride(-1) != 1 for x in tokens):
         return None, False, "the kernels want contiguous rows"
+    if is_shape(call.query):
+        return _ANY, True, "nothing is computed"
     grouped = call.query.shape[1] != call.key.shape[1]
     number = torch._fused_sdp_choice(
         *tokens, None, 0.0, call.causal, scale=call.scale, enable_gqa=grouped
@@ -162,6 +165,11 @@ def _no_seeds(like: Array) -> tuple[Array, Array]:
     return zero, zero
 
 
+def _none(*_: Any) -> Any:
+    raise AssertionError("a kernel is called for tensors without values")
+
+
+_ANY = Kernel("any kernel", _none, _none)  # stands for one, where the shapes are all that counts
 _KERNELS = {
     (device, backend.value): Kernel(name, forward, backward)
     for device, backend, name, forward, backward in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -27,6 +28,12 @@ def _known(cls: Any) -> str | None:
     return next((_ADAPTERS[root] for root in roots if root in _ADAPTERS), None)
 
 
+def compiling() -> bool:
+    """Whether PyTorch's compiler or export traces the call, and wants to see one operator."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
 _ARRAYS: dict[type, bool] = {}  # whether a class is one of arrays; asking array_api_compat is slow
 _BY_CLASS: dict[type, Any] = {}
 
@@ -34,13 +41,29 @@ _BY_CLASS: dict[type, Any] = {}
 def is_array(x: Any) -> bool:
     """Whether `x` is an array of a library that attention can take."""
     cls = type(x)
+    if compiling():  # spare the compiler a look at caches, on which the compiled code would depend
+        from ._compiled import is_tensor
+
+        if is_tensor(x):
+            return True
     if cls not in _ARRAYS:  # a NumPy scalar is none
         _ARRAYS[cls] = array_api_compat.is_array_api_obj(x) and not isinstance(x, Number)
     return _ARRAYS[cls]
 
 
+def loaded(x: Array) -> Any:
+    """Return the adapter for an array of this class, which is imported where it was not yet."""
+    return _named(_known(type(x)) or "generic", array_api_compat.array_namespace(x))
+
+
 def adapter_of(x: Array, name: str) -> Any:
     """Return the adapter for the array `x`, the argument called `name`."""
+    if compiling():
+        from ._compiled import TORCH, is_tensor
+
+        if is_tensor(x):
+            TORCH.check(x, name)
+            return TORCH
     if not is_array(x):
         raise TypeError(
             f"{name} must be an array of an array API library (NumPy, CuPy, JAX, PyTorch, …), "
@@ -49,8 +72,7 @@ def adapter_of(x: Array, name: str) -> Any:
     cls: Any = type(x)
     adapter = _BY_CLASS.get(cls)
     if adapter is None:
-        module = _known(cls) or "generic"
-        adapter = _BY_CLASS[cls] = _named(module, array_api_compat.array_namespace(x))
+        adapter = _BY_CLASS[cls] = loaded(x)
     adapter.check(x, name)
     return adapter
 

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+from ._adapters import compiling
 from ._memory import prepared
 from ._native import operation
 from ._progress import Progress
@@ -168,6 +169,8 @@ def attention(
     by all floating arrays, also those that `score_mod` captures, in reverse and forward mode and to
     second order, and whatever `implementation` computed the result.
 
+    PyTorch's compiler, and its export, take a call as one operator, unless functions take part.
+
     JAX compiles a call once for its shapes and keywords; offsets and scale are data and may change
     freely or be traced.
 
@@ -194,7 +197,7 @@ def attention(
     >>> out.shape, lse.shape
     ((2, 8, 1, 64), (2, 8, 1))
     """
-    given = {
+    keywords = {
         "scale": scale,
         "causal": causal,
         "mask": mask,
@@ -212,12 +215,30 @@ def attention(
         "compute_dtype": compute_dtype,
         "implementation": implementation,
     }
+    if compiling():
+        from ._compiled import traced
+
+        further = {"return_lse": return_lse, "progress": progress, "memory_limit": memory_limit}
+        return traced(query, key, value, keywords | further)
+    return compute(query, key, value, return_lse, progress, memory_limit, keywords)
+
+
+def compute(
+    query: Array,
+    key: Array,
+    value: Array,
+    return_lse: bool,
+    progress: Any,
+    memory_limit: int | str | None,
+    keywords: dict[str, Any],
+) -> Any:
+    """Return what `attention` returns, here and now."""
 
     def choose(request: Request, implementation: str) -> tuple[Any, str]:
         reports = progress not in (None, False)
         return operation(request, implementation, return_lse=return_lse, reports=reports)
 
-    request, algorithm, why = prepared((query, key, value), given, choose, memory_limit)
+    request, algorithm, why = prepared((query, key, value), keywords, choose, memory_limit)
     log.debug("%s (%s)", algorithm.kind(request.spec), why)
     found = run(request, progress, algorithm)
     return (found["out"], found["lse"]) if return_lse else found["out"]

@@ -9,6 +9,7 @@ from ._adapters import common_adapter
 from ._attention import attention
 from ._interop_flax import flax_attention_fn
 from ._interop_jax import dot_product_attention
+from ._interop_torch import register_torch, replace_sdpa
 from ._interop_transformers import register_transformers
 from ._shapes import broadcast, is_float, shapes_of
 from .masks import Predicate
@@ -19,7 +20,9 @@ __all__ = [
     "dot_product_attention",
     "flax_attention_fn",
     "flex_attention",
+    "register_torch",
     "register_transformers",
+    "replace_sdpa",
     "scaled_dot_product_attention",
 ]
 
@@ -47,7 +50,8 @@ def scaled_dot_product_attention(
         Values.
     attn_mask : array, optional
         Boolean: which pairs may attend (True = may).  Floating: added to the scores, and may be
-        differentiated by.  It broadcasts to (…, H, n_q, n_k).
+        differentiated by.  It broadcasts to (…, H, n_q, n_k).  Those of PyTorch's
+        `torch.nn.attention.bias`, which are causal, may be given too.
     dropout_p : float, default 0.0
         Probability with which a weight is dropped, in [0, 1).  It always acts where it is not 0;
         which weights, follows from PyTorch's generator (`torch.manual_seed`).  For arrays of
@@ -95,11 +99,14 @@ def scaled_dot_product_attention(
     (2, 6, 100, 8)
     """
     tokens = {"query": query, "key": key, "value": value}
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False; got {is_causal!r}")
+    offset = 0
+    if attn_mask is not None and not is_causal and hasattr(attn_mask, "variant"):
+        is_causal, offset, attn_mask = True, _offset_of(attn_mask), None
     given = tokens if attn_mask is None else {**tokens, "attn_mask": attn_mask}
     xp = common_adapter(list(given.items()))
     pairs = _pairs(tokens, enable_gqa)
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be True or False; got {is_causal!r}")
     bias = mask = None
     if attn_mask is not None:
         if is_causal:
@@ -132,9 +139,14 @@ def scaled_dot_product_attention(
         bias=bias,
         dropout=dropout_p,
         dropout_seed=seed,
-        query_offset=0,
+        query_offset=offset,
     )
     return out[..., 0, :, :] if apart else out
+
+
+def _offset_of(mask: Any) -> int:
+    """Return the position of query 0 that a mask of `torch.nn.attention.bias` means."""
+    return 0 if mask.variant.name == "UPPER_LEFT" else mask.seq_len_kv - mask.seq_len_q
 
 
 def _pairs(tokens: dict[str, Array], enable_gqa: bool) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The examples of the README and of the page on gradients, each section run as a doctest."""
+"""The examples of the README and of pages of the documentation, each section a doctest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "gradients.md")
+PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("gradients", "pytorch")))
 NEEDS = {"CuPy": "cupy"}  # the examples that only a GPU can run, by heading
 
 

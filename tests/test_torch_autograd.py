@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 
 import numpy as np
@@ -204,20 +203,6 @@ def test_autocast():
     torch.testing.assert_close(out, attention(*(y.bfloat16() for y in x)), atol=0, rtol=0)
     out.float().sum().backward()
     assert {y.grad.dtype for y in x} == {torch.float32}
-
-
-def test_compile():
-    """The compiler's graphs end at the call and go on after it; gradients flow through."""
-    x = tensors(*SHAPES)
-
-    def around(query, key, value):
-        return loss(query * 2, key, value) + value.sum()
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Dynamo's, about caches
-        compiled = torch.compile(around, backend="aot_eager")
-        ours = torch.autograd.grad(compiled(*x), x)
-    torch.testing.assert_close(ours, torch.autograd.grad(around(*x), x))
 
 
 def test_vjp_and_jvp_by_name_are_differentiable():
