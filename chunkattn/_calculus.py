@@ -87,8 +87,9 @@ class Operation:
 
 @dataclass(frozen=True)
 class Forward:
-    """``(out, lse)`` of the inputs."""
+    """``(out, lse)`` of the inputs, or `out` alone where no more is asked for."""
 
+    asked: Names = RESULTS
     done: Callable[[], None] | None = None  # called after each chunk of queries
     residuals: Names = ()  # the names of further results, that only the rules use
 
@@ -102,7 +103,7 @@ class Forward:
     @property
     def outputs(self) -> Names:
         """The names of the results."""
-        return RESULTS + self.residuals
+        return self.asked + self.residuals
 
     def with_residuals(self, spec: Spec) -> Forward:
         """Return the operation to call where a rule may be called later.
@@ -110,7 +111,8 @@ class Forward:
         The derivatives subtract what is nearly equal, and would show how `lse` is rounded ("low" is
         what is missing), and `out` ("exact" is in the compute dtype).
         """
-        return replace(self, residuals=("low", "exact")[: 1 + (spec.dtype != spec.compute)])
+        residuals = ("low", "exact")[: 1 + (spec.dtype != spec.compute)]
+        return replace(self, asked=RESULTS, residuals=residuals)
 
     def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
         """Return shape and dtype of each result."""

@@ -89,12 +89,10 @@ def _with_gradients(
     return found["out"], gradients
 
 
-def terms(
-    request: Request, algorithm: Any, *, training: bool, return_lse: bool = False
-) -> list[Term]:
+def terms(request: Request, algorithm: Any, *, training: bool) -> list[Term]:
     """Return what a call holds at its fullest moment beyond inputs and outputs.
 
-    With `training` its gradients follow; `lse` is an output with `return_lse`.
+    With `training` its gradients follow.
     """
     compiled = _compiled(request, algorithm, training)
     counted = _counted(request)
@@ -107,7 +105,7 @@ def terms(
         ]
     if isinstance(algorithm, Native):
         return _of_kernel(request, algorithm, counted, training)
-    passes = [[*counted.forward(), counted.term("lse", 1 - return_lse, "all_heads", "n_q")]]
+    passes = [counted.forward()]
     if training:
         passes = [[*counted.forward(), *counted.saved()]]
         counted = replace(counted, threads=request.xp.at_once(request.spec.blocks))

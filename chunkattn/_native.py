@@ -46,7 +46,7 @@ def operation(
     `reports` says whether progress is reported, which no kernel does.
     """
     if implementation not in ("auto", "native"):
-        return Forward(), f"implementation={implementation!r}"
+        return Forward(RESULTS[: 1 + return_lse]), f"implementation={implementation!r}"
     kernel, better, why = _kernel(request)
     if kernel is not None and reports:
         kernel, why = None, "no kernel reports progress"
@@ -56,7 +56,7 @@ def operation(
         if kernel is not None and request.chunks_given:
             better, why = False, "chunk sizes are given"
         if kernel is None or not better:
-            return Forward(), why
+            return Forward(RESULTS[: 1 + return_lse]), why
     causal, scale = _causal(request.spec, request.data), request.data["scale"]
     return Native(kernel, bool(causal), scale, return_lse), f"{kernel}: {why}"
 

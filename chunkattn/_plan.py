@@ -150,11 +150,7 @@ def _of_request(
         threads=xp.at_once(tasks),
         inputs=arrays(inputs),
         outputs=arrays(outputs),
-        terms=tuple(
-            one
-            for one in terms(request, algorithm, training=training, return_lse=return_lse)
-            if one.bytes
-        ),
+        terms=tuple(one for one in terms(request, algorithm, training=training) if one.bytes),
         lengths=(spec.n_q, spec.n_k),
         widths=(request.inputs["query"].shape[-1], spec.d_v),
         heads=prod(spec.batch) * spec.heads,
