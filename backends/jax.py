@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import generic, jax_native, jax_primitive
+from . import generic, jax_native, jax_primitive, jax_types
 from ._functions import of_floating
 from .generic import OF_GPU, Array, Index, State, TileSizes
 
@@ -30,8 +30,14 @@ def _operations(function: Callable[..., Any], adapter: Adapter) -> Any:
     return jax.jit(functools.partial(function, adapter), static_argnums=(0, 1))
 
 
-def _call(adapter: Adapter, operation: Any, *args: Any) -> Any:
-    return operation(adapter, *args)
+def _call(adapter: Adapter, operation: Any, spec: Any, *arrays: Any) -> Any:
+    call = functools.partial(operation, adapter, spec)
+    return jax_types.automatic(call, operation, spec)(*arrays)
+
+
+def _traced(adapter: Adapter, operation: Any, spec: Any, *arrays: Any) -> Any:
+    call = functools.partial(jax_primitive.apply, adapter, operation, spec)
+    return jax_types.automatic(call, operation, spec)(*arrays)
 
 
 def _is_floating(x: Array) -> bool:
@@ -90,7 +96,8 @@ class Adapter(generic.Adapter):
 
     def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
         """Return an array of `shape` and `dtype` full of `fill`."""
-        return jnp.full(tuple(shape), fill, dtype=dtype)
+        found = jnp.full(tuple(shape), fill, dtype=dtype)
+        return jax_types.vary(found, jax_types.axes_of(like))
 
     def index(self, like: Array, size: int) -> Array:
         """Return the integers 0 … size-1."""
@@ -150,6 +157,9 @@ class Adapter(generic.Adapter):
             return step(state, start)
         if not _static(start, stop):
             start, stop = (jnp.asarray(x, self.index_dtype) for x in (start, stop))
+            start, stop, state = jax_types.vary(
+                (start, stop, state), jax_types.axes_of(start, stop, state)
+            )
         return lax.fori_loop(start, stop, lambda i, state: step(state, i), state)
 
     def each(
@@ -215,7 +225,7 @@ class Adapter(generic.Adapter):
         outlive it.
         """
         own = spec.calls_back or operation.done is not None
-        function = jax_primitive.apply if self.traced((data, inputs)) else _call
+        function = _traced if self.traced((data, inputs)) else _call
         compiled = (_operations.__wrapped__ if own else _operations)(function, self)
         found: dict[str, Array] = compiled(operation, spec, data, inputs)
         if operation.done is not None:

@@ -15,6 +15,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from .generic import Array
 from .jax_mapped import Mapped
+from .jax_types import axes_of, shaped, vary
 
 try:
     from jax.experimental import hijax
@@ -28,6 +29,7 @@ Arrays = dict[str, Array]
 
 def apply(adapter: Any, operation: Any, spec: Any, data: dict[str, Any], inputs: Arrays) -> Arrays:
     """Return the operation's results, so that JAX can differentiate and batch them."""
+    data, inputs = vary((data, inputs), axes_of(data, inputs))
     if HiPrim is None:
         return _with_vjp(adapter, operation, spec)(data, inputs)
     found: Arrays = Primitive(adapter, operation, spec, data, inputs)(data, inputs)
@@ -89,8 +91,8 @@ class Primitive(HiPrim or object):  # type: ignore[misc]
         self, adapter: Any, operation: Any, spec: Any, data: dict[str, Any], inputs: Arrays
     ) -> None:
         self.in_avals = jax.tree.map(jax.typeof, (data, inputs))
-        shapes = operation.shapes(spec, data, inputs)
-        self.out_aval = {name: jax.core.ShapedArray(*shapes[name]) for name in operation.outputs}
+        shapes, axes = operation.shapes(spec, data, inputs), axes_of(data, inputs)
+        self.out_aval = {name: shaped(*shapes[name], axes) for name in operation.outputs}
         flat, tree = jax.tree.flatten(self.in_avals)
         self.params = {
             "adapter": adapter, "operation": operation, "spec": spec, "types": (tuple(flat), tree),
@@ -100,7 +102,7 @@ class Primitive(HiPrim or object):  # type: ignore[misc]
     def expand(self, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
         found: Arrays = self.operation(self.adapter, self.spec, data, inputs)
-        return found
+        return vary(found, axes_of(data, inputs))
 
     def _tangent(self, kept: tuple[dict[str, Any], Arrays, Arrays], tangents: Arrays) -> Arrays:
         """Return the tangents of the outputs from those of the inputs that are not zero."""
