@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import generic, jax_native, jax_primitive, jax_types
+from . import generic, jax_lifted, jax_native, jax_primitive, jax_types
 from ._functions import of_floating
 from .generic import OF_GPU, Array, Index, State, TileSizes
 
@@ -54,7 +54,6 @@ class Adapter(generic.Adapter):
     name = "jax"
     splits_batch = False
     autodiff = True
-    has_kernels = True
 
     @property
     def index_dtype(self) -> Any:
@@ -72,6 +71,15 @@ class Adapter(generic.Adapter):
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer."""
         return bool(jnp.issubdtype(dtype, jnp.integer))
+
+    def check(self, x: Array, name: str) -> None:
+        """Refuse the symbolic lengths of `jax.export`: tiles have sizes."""
+        if not all(isinstance(n, int) for n in x.shape):
+            told = ", ".join(map(str, x.shape))
+            raise ValueError(
+                f"{name} must have axes of known length; got shape ({told}): a symbolic batch axis "
+                "can be mapped over by jax.vmap, around attention"
+            )
 
     def traced(self, x: Any) -> bool:
         """Whether an array, or any in a nest of dicts and tuples, is a tracer."""
@@ -191,7 +199,7 @@ class Adapter(generic.Adapter):
     ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
         """Find the captured arrays by a trace for each size of a tile."""
         shapes = [jax.eval_shape(functools.partial(example, *size)) for size in sizes]
-        lifted = jax_primitive.Lifted(function, shapes)
+        lifted = jax_lifted.Lifted(function, shapes)
         return lifted, lifted.captured
 
     def pushforward(
@@ -211,9 +219,17 @@ class Adapter(generic.Adapter):
         found = dict(zip(floating, vjp(cotangent), strict=True))
         return tuple(map(found.get, range(len(primals))))
 
+    def no_kernel(self, inputs: dict[str, Array]) -> str | None:
+        """Return why not: JAX has them on a GPU, and off meshes with explicit axes."""
+        if (platform := self._platform(inputs["query"])) not in jax_native.PLATFORMS:
+            return f"JAX has no attention kernel for the platform {platform}"
+        if jax_types.explicit_mesh(inputs) is not None:
+            return "JAX's kernel does not take arrays on a mesh with explicit axes"
+        return None
+
     def kernel(self, call: Any) -> tuple[Any, bool, str]:
         """Return cuDNN's kernel where that is there."""
-        return jax_native.choose(call, self._platform(call.query))
+        return jax_native.choose(call)
 
     def differentiable(
         self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]

@@ -27,12 +27,12 @@ _typeof = getattr(jax, "typeof", None) or jax.core.get_aval
 
 def axes_of(*trees: Any) -> frozenset[Any]:
     """Return the axes of a mesh that any array of the trees varies over."""
-    found: frozenset[Any] = frozenset()
+    found: set[Any] = set()
     for x in jax.tree.leaves(trees):
         kind = _typeof(x)
         kind = getattr(kind, "manual_axis_type", kind)
-        found |= getattr(kind, "varying", None) or getattr(kind, "vma", frozenset())
-    return found
+        found.update(getattr(kind, "varying", getattr(kind, "vma", ())))
+    return frozenset(found)
 
 
 def vary(tree: Any, axes: frozenset[Any]) -> Any:
@@ -51,11 +51,11 @@ def vary(tree: Any, axes: frozenset[Any]) -> Any:
     return jax.tree.map(one, tree)
 
 
-def shaped(shape: tuple[int, ...], dtype: Any, axes: frozenset[Any]) -> Any:
-    """Return the type of an array that varies over `axes`."""
+def shaped(of: tuple[tuple[int, ...], Any], axes: frozenset[Any]) -> Any:
+    """Return the type of an array of this shape and dtype that varies over `axes`."""
     if not axes:
-        return jax.core.ShapedArray(shape, dtype)
-    return jax.make_jaxpr(lambda: vary(jnp.zeros(shape, dtype), axes))().out_avals[0]
+        return jax.core.ShapedArray(*of)
+    return jax.make_jaxpr(lambda: vary(jnp.zeros(*of), axes))().out_avals[0]
 
 
 def explicit_mesh(*trees: Any) -> Any:
@@ -71,8 +71,8 @@ def automatic(function: Callable[..., Arrays], operation: Any, spec: Any) -> Cal
     """Return a function of ``(data, inputs)`` that sees explicit axes as automatic ones."""
 
     def call(data: dict[str, Any], inputs: Arrays) -> Arrays:
-        mesh = None if _auto_axes is None else explicit_mesh(data, inputs)
-        if mesh is None:
+        mesh = explicit_mesh(data, inputs)
+        if mesh is None or _auto_axes is None:
             return function(data, inputs)
         shapes = operation.shapes(spec, data, inputs)
         shardings = {
@@ -93,28 +93,25 @@ def automatic(function: Callable[..., Arrays], operation: Any, spec: Any) -> Cal
 
 def _spec_of_result(spec: Any, inputs: Arrays, name: str, ndim: int) -> PartitionSpec:
     """Return how a result is sharded: as the queries, and as keys and values on batch axes."""
-    swapped = spec.layout == "nhd" and not spec.headless
-    ndim += name not in ("out", "exact")  # `lse` lacks the width
-    parts: list[Any] = [None] * ndim
-    batch = range(len(spec.batch))
-    whole = (*spec.batch, *(ndim - len(spec.batch)) * (0,))
+    whole = name in ("out", "exact")  # `lse` lacks the width
+    width = ndim - 1 if whole else ndim
+    parts: list[Any] = [None] * (width + 1)
     for token in ("query", "key", "value"):
         given = _typeof(inputs[token])
-        before = ndim - given.ndim
+        before = width + 1 - given.ndim
         for i, part in enumerate(given.sharding.spec, before):
-            own = given.shape[i - before] == whole[i] if i in batch else token == "query"
-            if part is not None and own and i < ndim - 1 and parts[i] is None:
-                if not _names(part) & frozenset().union(*map(_names, parts)):
-                    parts[i] = part
-    if name in ("out", "exact"):
-        return PartitionSpec(*parts)
-    parts = parts[:-1]
-    if swapped:
-        parts[-2:] = parts[-1], parts[-2]
-    return PartitionSpec(*parts)
+            if i < len(spec.batch):
+                own = given.shape[i - before] == spec.batch[i]
+            else:
+                own = token == "query" and i < width
+            if own and parts[i] is None and not _names(part) & _names(*parts):
+                parts[i] = part
+    if not whole and spec.layout == "nhd" and not spec.headless:
+        parts[-3:-1] = parts[-2], parts[-3]
+    return PartitionSpec(*(parts if whole else parts[:-1]))
 
 
-def _names(part: Any) -> frozenset[Any]:
-    if part is None:
-        return frozenset()
-    return frozenset(part if isinstance(part, tuple) else (part,))
+def _names(*parts: Any) -> set[Any]:
+    """Return the names of axes in parts of a `PartitionSpec`."""
+    tuples = (part if isinstance(part, tuple) else (part,) for part in parts)
+    return {name for part in tuples for name in part if name is not None}

@@ -39,7 +39,6 @@ class Adapter(generic.Adapter):
 
     name = "torch"
     autodiff = True
-    has_kernels = True
 
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer, the barely supported unsigned ones included."""
@@ -169,6 +168,10 @@ class Adapter(generic.Adapter):
         _, vjp = torch.func.vjp(function, *(primals[i] for i in floating))
         found = dict(zip(floating, vjp(cotangent), strict=True))
         return tuple(map(found.get, range(len(primals))))
+
+    def no_kernel(self, inputs: dict[str, Array]) -> str | None:
+        """Return None: a kernel may take them, wherever they are."""
+        return None
 
     def kernel(self, call: Any) -> tuple[Any, bool, str]:
         """Return the kernel that PyTorch's own attention would take."""

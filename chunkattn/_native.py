@@ -67,8 +67,8 @@ def operation(request: Request, implementation: str, *, return_lse: bool, report
 def _kernel(request: Request) -> tuple[Any, bool, str]:
     """Return the kernel for a request or None, whether it is better than tiles, and why."""
     xp, spec, data, inputs = request.xp, request.spec, request.data, request.inputs
-    if not xp.has_kernels:  # spare the look at the call
-        return None, False, f"{xp.name} has no attention of its own"
+    if (why := xp.no_kernel(inputs)) is not None:  # spare the look at the call
+        return None, False, why
     causal = _causal(spec, data)
     batches = [tuple(inputs[name].shape[:-3]) for name in TOKENS]
     wide = xp.float64 if spec.dtype == xp.float64 else xp.float32

@@ -9,6 +9,7 @@ from ._adapters import common_adapter
 from ._attention import attention
 from ._interop_flax import flax_attention_fn
 from ._interop_jax import dot_product_attention
+from ._interop_keras import keras_multi_head_attention
 from ._interop_transformers import register_transformers
 from ._shapes import broadcast, is_float, shapes_of
 from .masks import Predicate
@@ -19,6 +20,7 @@ __all__ = [
     "dot_product_attention",
     "flax_attention_fn",
     "flex_attention",
+    "keras_multi_head_attention",
     "register_transformers",
     "scaled_dot_product_attention",
 ]
