@@ -31,16 +31,16 @@ HEAD = (
     "| model | weights, dtype | library | padding | largest difference of the result | "
     "greedy tokens equal | largest difference of a gradient |\n|---|---|---|---|--:|--:|--:|"
 )
-# By module of tests: the function, the peer, and the library where the test does not say it.
+# By test or module of tests: the function, the peer, the library where the test does not say it.
 DROP_INS = {
-    "test_interop": ("scaled_dot_product_attention", "PyTorch", None),
-    "test_interop_jax": ("dot_product_attention", "JAX", None),
-    "test_flax": ("flax_attention_fn", "flax", "jax"),
-    "test_keras": ("keras_multi_head_attention", "Keras", None),
-    "test_transformers": ("register_transformers", "transformers", "torch"),
-    "test_transformers_masks": ("register_transformers", "transformers", "torch"),
+    "test_interop.py": ("scaled_dot_product_attention", "PyTorch", None),
+    "test_callables.py::test_against_flex_attention": ("flex_attention", "PyTorch", None),
+    "test_interop_jax.py": ("dot_product_attention", "JAX", None),
+    "test_flax.py": ("flax_attention_fn", "flax", "jax"),
+    "test_keras.py": ("keras_multi_head_attention", "Keras", None),
+    "test_transformers.py": ("register_transformers", "transformers", "torch"),
+    "test_transformers_masks.py": ("register_transformers", "transformers", "torch"),
 }
-PEERS = {"flex_attention": "PyTorch (FlexAttention)"}
 
 
 def largest(ours, theirs):
@@ -130,13 +130,12 @@ class Cases:
     def pytest_collection_modifyitems(self, items):
         """Note what each case stands for."""
         for item in items:
-            function, peer, library = DROP_INS[item.path.stem]
-            if item.originalname.startswith("test_flex"):
-                function = "flex_attention"
+            name = item.path.name
+            function, peer, library = DROP_INS.get(name) or DROP_INS[f"{name}::{item.originalname}"]
             given = getattr(item, "callspec", None)
             given = {} if given is None else given.params
             library = given.get("lib", given.get("owner", given.get("backend", library)))
-            self.of[item.nodeid] = function, PEERS.get(function, peer), library or "of all"
+            self.of[item.nodeid] = function, peer, library or "any"
 
     def pytest_runtest_logreport(self, report):
         """Count."""
@@ -151,7 +150,7 @@ def counted():
     import pytest
 
     cases = Cases()
-    files = [str(ROOT / "tests" / f"{name}.py") for name in DROP_INS]
+    files = [str(ROOT / "tests" / name) for name in DROP_INS]
     with redirect_stdout(sys.stderr):
         pytest.main(["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *files], [cases])
     return cases.passed, cases.others
@@ -184,10 +183,11 @@ def report(arguments):
     yield HEAD
     yield from embeddings()
     yield from decoders()
-    if arguments.conformance:
+    if arguments.conformance is not None:
         yield (
-            "\n## Drop-ins\n\nCases of the conformance tests that pass: a call, or a refusal, of a "
-            "drop-in compared with what its peer answers.\n"
+            "\n## Drop-ins\n\nCases of the conformance tests that pass: results, gradients, dropout "
+            "and refusals of a drop-in beside those of its peer.  One case of Keras is all of its "
+            "layer on a backend.\n"
         )
         yield from conformance()
 
@@ -195,7 +195,10 @@ def report(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--conformance", action="store_true", default=None, help="run the drop-ins' tests, too"
+        "--conformance",
+        action="store_const",
+        const="",
+        help="run the drop-ins' tests, too",
     )
     parser.add_argument("--out", type=Path, help="a Markdown file to write")
     arguments = parser.parse_args()
