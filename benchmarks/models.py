@@ -186,8 +186,8 @@ def report(arguments):
     if arguments.conformance is not None:
         yield (
             "\n## Drop-ins\n\nCases of the conformance tests that pass: results, gradients, "
-            "dropout and refusals of a drop-in beside those of its peer.  One case of Keras is all of its "
-            "layer on a backend.\n"
+            "dropout and refusals of a drop-in beside those of its peer.  One case of Keras is "
+            "all of its layer on a backend.\n"
         )
         yield from conformance()
 
