@@ -37,6 +37,7 @@ here written with the standard alone (2021.12 and later):
 ``footprint``         what the library holds of its own beside the algorithm's arrays
 ``compiled_bytes``    what a compiled call holds, where a library plans that ahead
 ``stand_in``          calls a function with arrays of given shapes that take no memory
+``no_kernel``         why no kernel takes arrays where these are
 ``kernel``            the library's own fused attention for a plain call
 ``run``               calls an algorithm that the library may differentiate by itself
 ``differentiable``    calls an operation that comes with rules for its derivatives
@@ -117,8 +118,6 @@ class Adapter:
     splits_batch = True
     #: True where the library differentiates functions
     autodiff = False
-    #: True where the library has fused attention kernels of its own
-    has_kernels = False
 
     footprint = Footprint()
 
@@ -364,6 +363,10 @@ class Adapter:
         """Return the gradients of a score_mod's arguments; None for what is not floating."""
         return (cotangent * function.derivative(primals[0]),)
 
+    def no_kernel(self, inputs: dict[str, Array]) -> str | None:
+        """Return why no fused kernel takes any arrays where these are; None where one may."""
+        return f"{self.name} has no attention of its own"
+
     def kernel(self, call: Any) -> tuple[Any, bool, str]:
         """Return the kernel for a call or None, whether it is better than tiles, and why.
 
@@ -375,7 +378,7 @@ class Adapter:
         ``backward(call, out, lse, d_out)``
             returns the gradients of query, key and value; `lse` is None unless ``needs_lse``
         """
-        return None, False, f"{self.name} has no attention of its own"
+        raise NotImplementedError
 
     def run(
         self,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import generic, jax_native, jax_primitive
+from . import generic, jax_lifted, jax_native, jax_primitive, jax_types
 from ._functions import of_floating
 from .generic import OF_GPU, Array, Footprint, Index, State, TileSizes
 
@@ -30,8 +30,14 @@ def _operations(function: Callable[..., Any], adapter: Adapter) -> Any:
     return jax.jit(functools.partial(function, adapter), static_argnums=(0, 1))
 
 
-def _call(adapter: Adapter, operation: Any, *args: Any) -> Any:
-    return operation(adapter, *args)
+def _call(adapter: Adapter, operation: Any, spec: Any, *arrays: Any) -> Any:
+    call = functools.partial(operation, adapter, spec)
+    return jax_types.automatic(call, operation, spec)(*arrays)
+
+
+def _traced(adapter: Adapter, operation: Any, spec: Any, *arrays: Any) -> Any:
+    call = functools.partial(jax_primitive.apply, adapter, operation, spec)
+    return jax_types.automatic(call, operation, spec)(*arrays)
 
 
 def _is_static(x: Any) -> bool:
@@ -63,7 +69,6 @@ class Adapter(generic.Adapter):
     name = "jax"
     splits_batch = False
     autodiff = True
-    has_kernels = True
 
     @property
     def index_dtype(self) -> Any:
@@ -81,6 +86,15 @@ class Adapter(generic.Adapter):
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer."""
         return bool(jnp.issubdtype(dtype, jnp.integer))
+
+    def check(self, x: Array, name: str) -> None:
+        """Refuse the symbolic lengths of `jax.export`: tiles have sizes."""
+        if not all(isinstance(n, int) for n in x.shape):
+            told = ", ".join(map(str, x.shape))
+            raise ValueError(
+                f"{name} must have axes of known length; got shape ({told}): a symbolic batch axis "
+                "can be mapped over by jax.vmap, around attention"
+            )
 
     def traced(self, x: Any) -> bool:
         """Whether an array, or any in a nest of dicts and tuples, is a tracer."""
@@ -105,7 +119,8 @@ class Adapter(generic.Adapter):
 
     def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
         """Return an array of `shape` and `dtype` full of `fill`."""
-        return jnp.full(tuple(shape), fill, dtype=dtype)
+        found = jnp.full(tuple(shape), fill, dtype=dtype)
+        return jax_types.vary(found, jax_types.axes_of(like))
 
     def index(self, like: Array, size: int) -> Array:
         """Return the integers 0 … size-1."""
@@ -165,6 +180,9 @@ class Adapter(generic.Adapter):
             return step(state, start)
         if not _static(start, stop):
             start, stop = (jnp.asarray(x, self.index_dtype) for x in (start, stop))
+            start, stop, state = jax_types.vary(
+                (start, stop, state), jax_types.axes_of(start, stop, state)
+            )
         return lax.fori_loop(start, stop, lambda i, state: step(state, i), state)
 
     def each(
@@ -221,7 +239,7 @@ class Adapter(generic.Adapter):
     ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
         """Find the captured arrays by a trace for each size of a tile."""
         shapes = [jax.eval_shape(functools.partial(example, *size)) for size in sizes]
-        lifted = jax_primitive.Lifted(function, shapes)
+        lifted = jax_lifted.Lifted(function, shapes)
         return lifted, lifted.captured
 
     def pushforward(
@@ -241,9 +259,17 @@ class Adapter(generic.Adapter):
         found = dict(zip(floating, vjp(cotangent), strict=True))
         return tuple(map(found.get, range(len(primals))))
 
+    def no_kernel(self, inputs: dict[str, Array]) -> str | None:
+        """Return why not: JAX has them on a GPU, and off meshes with explicit axes."""
+        if (platform := self._platform(inputs["query"])) not in jax_native.PLATFORMS:
+            return f"JAX has no attention kernel for the platform {platform}"
+        if jax_types.explicit_mesh(inputs) is not None:
+            return "JAX's kernel does not take arrays on a mesh with explicit axes"
+        return None
+
     def kernel(self, call: Any) -> tuple[Any, bool, str]:
         """Return cuDNN's kernel where that is there."""
-        return jax_native.choose(call, self._platform(call.query))
+        return jax_native.choose(call)
 
     def differentiable(
         self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
@@ -255,7 +281,7 @@ class Adapter(generic.Adapter):
         outlive it.
         """
         own = spec.calls_back or operation.done is not None
-        function = jax_primitive.apply if self.traced((data, inputs)) else _call
+        function = _traced if self.traced((data, inputs)) else _call
         compiled = (_operations.__wrapped__ if own else _operations)(function, self)
         found: dict[str, Array] = compiled(operation, spec, data, inputs)
         if operation.done is not None:

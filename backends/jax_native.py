@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from .generic import Array
 
 IMPLEMENTATION = "cudnn"
+PLATFORMS = ("gpu", "cuda")
 
 
-def choose(call: Any, platform: str) -> tuple[Kernel | None, bool, str]:
+def choose(call: Any) -> tuple[Kernel | None, bool, str]:
     """Return the kernel for a call or None, whether it beats tiles, and why."""
     query, key, value = call.query, call.key, call.value
-    if platform not in ("gpu", "cuda"):
-        return None, False, f"JAX has no attention kernel for the platform {platform}"
     if query.dtype not in (jnp.float16, jnp.bfloat16):
         return None, False, "cuDNN wants float16 or bfloat16"
     d = query.shape[-1]

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.extend.core import jaxpr_as_fun
 
 from .generic import Array
 from .jax_mapped import Mapped
+from .jax_types import axes_of, shaped, vary
 
 try:
     from jax.experimental import hijax
@@ -28,6 +28,7 @@ Arrays = dict[str, Array]
 
 def apply(adapter: Any, operation: Any, spec: Any, data: dict[str, Any], inputs: Arrays) -> Arrays:
     """Return the operation's results, so that JAX can differentiate and batch them."""
+    data, inputs = vary((data, inputs), axes_of(data, inputs))
     if HiPrim is None:
         return _with_vjp(adapter, operation, spec)(data, inputs)
     found: Arrays = Primitive(adapter, operation, spec, data, inputs)(data, inputs)
@@ -89,8 +90,8 @@ class Primitive(HiPrim or object):  # type: ignore[misc]
         self, adapter: Any, operation: Any, spec: Any, data: dict[str, Any], inputs: Arrays
     ) -> None:
         self.in_avals = jax.tree.map(jax.typeof, (data, inputs))
-        shapes = operation.shapes(spec, data, inputs)
-        self.out_aval = {name: jax.core.ShapedArray(*shapes[name]) for name in operation.outputs}
+        shapes, axes = operation.shapes(spec, data, inputs), axes_of(data, inputs)
+        self.out_aval = {name: shaped(shapes[name], axes) for name in operation.outputs}
         flat, tree = jax.tree.flatten(self.in_avals)
         self.params = {
             "adapter": adapter, "operation": operation, "spec": spec, "types": (tuple(flat), tree),
@@ -99,8 +100,9 @@ class Primitive(HiPrim or object):  # type: ignore[misc]
 
     def expand(self, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
-        found: Arrays = self.operation(self.adapter, self.spec, data, inputs)
-        return found
+        found = self.operation(self.adapter, self.spec, data, inputs)
+        varied: Arrays = vary(found, axes_of(data, inputs))
+        return varied
 
     def _tangent(self, kept: tuple[dict[str, Any], Arrays, Arrays], tangents: Arrays) -> Arrays:
         """Return the tangents of the outputs from those of the inputs that are not zero."""
@@ -171,30 +173,3 @@ class Primitive(HiPrim or object):  # type: ignore[misc]
         mapped = Mapped(self.operation, axis.size, axis.spmd_name, tuple(flat), tree)
         found = apply(self.adapter, mapped, self.spec, *args)
         return found, dict.fromkeys(found, 0)
-
-
-class Lifted:
-    """A function with the traced arrays that it captures as its first argument.
-
-    It is traced at once, for all shapes of arguments to come: when they come, the captured tracers
-    may be dead, as JAX calls derivatives later.
-    """
-
-    def __init__(self, function: Callable[..., Array], examples: list[tuple[Any, ...]]) -> None:
-        self.function = function
-        self.traced = {
-            tuple(x.shape for x in args): jax.make_jaxpr(function)(*args) for args in examples
-        }
-        consts = {id(x): x for closed in self.traced.values() for x in closed.consts}
-        self.captured = tuple(x for x in consts.values() if isinstance(x, jax.core.Tracer))
-
-    def __call__(self, captured: tuple[Array, ...], *args: Array) -> Array:
-        """Call the function with `captured` in the place of what it holds."""
-        if not self.captured:
-            return self.function(*args)
-        new = {id(x): y for x, y in zip(self.captured, captured, strict=True)}
-        closed = self.traced[tuple(x.shape for x in args)]
-        consts = [new.get(id(x), x) for x in closed.consts]
-        args = tuple(x.astype(t.dtype) for x, t in zip(args, closed.in_avals, strict=True))
-        (found,) = jaxpr_as_fun(closed.replace(consts=consts))(*args)
-        return found

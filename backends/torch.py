@@ -39,7 +39,6 @@ class Adapter(generic.Adapter):
 
     name = "torch"
     autodiff = True
-    has_kernels = True
     footprint = Footprint(weights=1, hashes=2, saved=4, exact=2, buffers=3_072, objects=0)
 
     def is_integer(self, dtype: Any) -> bool:
@@ -183,6 +182,10 @@ class Adapter(generic.Adapter):
         _, vjp = torch.func.vjp(function, *(primals[i] for i in floating))
         found = dict(zip(floating, vjp(cotangent), strict=True))
         return tuple(map(found.get, range(len(primals))))
+
+    def no_kernel(self, inputs: dict[str, Array]) -> str | None:
+        """Return None: a kernel may take them, wherever they are."""
+        return None
 
     def kernel(self, call: Any) -> tuple[Any, bool, str]:
         """Return the kernel that PyTorch's own attention would take."""

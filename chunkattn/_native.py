@@ -45,8 +45,10 @@ def operation(
 
     `reports` says whether progress is reported, which no kernel does.
     """
+    # A traced call may be differentiated, and then needs both.
+    tiles = Forward(RESULTS[: 1 + (return_lse or request.xp.traced(request.inputs))])
     if implementation not in ("auto", "native"):
-        return Forward(RESULTS[: 1 + return_lse]), f"implementation={implementation!r}"
+        return tiles, f"implementation={implementation!r}"
     kernel, better, why = _kernel(request)
     if kernel is not None and reports:
         kernel, why = None, "no kernel reports progress"
@@ -56,7 +58,7 @@ def operation(
         if kernel is not None and request.chunks_given:
             better, why = False, "chunk sizes are given"
         if kernel is None or not better:
-            return Forward(RESULTS[: 1 + return_lse]), why
+            return tiles, why
     causal, scale = _causal(request.spec, request.data), request.data["scale"]
     return Native(kernel, bool(causal), scale, return_lse), f"{kernel}: {why}"
 
@@ -64,8 +66,8 @@ def operation(
 def _kernel(request: Request) -> tuple[Any, bool, str]:
     """Return the kernel for a request or None, whether it is better than tiles, and why."""
     xp, spec, data, inputs = request.xp, request.spec, request.data, request.inputs
-    if not xp.has_kernels:  # spare the look at the call
-        return None, False, f"{xp.name} has no attention of its own"
+    if (why := xp.no_kernel(inputs)) is not None:  # spare the look at the call
+        return None, False, why
     causal = _causal(spec, data)
     batches = [tuple(inputs[name].shape[:-3]) for name in TOKENS]
     wide = xp.float64 if spec.dtype == xp.float64 else xp.float32

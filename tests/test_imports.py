@@ -242,7 +242,11 @@ def imports_of(path):
 
 
 # What a drop-in imports of the library that calls it, inside of its functions.
-PEERS = {"_interop_transformers": {"transformers"}, "_interop_flax": {"jax"}}
+PEERS = {
+    "_interop_transformers": {"transformers"},
+    "_interop_flax": {"jax"},
+    "_interop_keras": {"keras"},
+}
 
 
 def own_modules(folder):
