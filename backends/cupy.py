@@ -7,7 +7,8 @@ from typing import Any
 
 import cupy as cp
 
-from .generic import OF_GPU, Array, Footprint, TileSizes
+from ._sizes import OF_GPU, Footprint, TileSizes
+from .generic import Array
 from .numpy import InPlace
 
 

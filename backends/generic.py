@@ -51,64 +51,18 @@ and the same arithmetic serves both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import array_api_compat
 
 from ._functions import Unlifted
+from ._sizes import Footprint, TileSizes
 
 Array = Any
 State = Any
 Index = Any  # an int, or a traced integer array of no axes
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-
-class TileSizes(NamedTuple):
-    """Queries and keys of a tile, and how many scores it has at most over batch and heads.
-
-    `least` is the size below which smaller tiles do not pay, however little of them a mask shows.
-    """
-
-    rows: int
-    cols: int
-    elements: int
-    least: int
-
-
-class Footprint(NamedTuple):
-    """What a library holds beside the arrays that the algorithm names.
-
-    Attributes
-    ----------
-    weights : int
-        Arrays of the size of a tile beside its scores, while the softmax is taken.
-    inverses : int
-        Copies of a boolean mask that `hide` makes.
-    hashes : int
-        Arrays of 32-bit integers of the size of a tile, while dropout's hash is taken.
-    saved, exact : int
-        Arrays of the shape of `lse`, and of `out` where that is rounded, from forward to backward.
-    buffers : int
-        Numbers for each task: the library's own buffers.
-    objects : int
-        Bytes of a call: the objects of Python, where they count.
-    packed : int
-        Keys of a tile that matrix products copy, where a compiler's plan leaves that out.
-    """
-
-    weights: int = 3
-    inverses: int = 1
-    hashes: int = 4
-    saved: int = 3
-    exact: int = 1
-    buffers: int = 8_192
-    objects: int = 131_072
-    packed: int = 0
-
-
-# What fills a GPU, and is worth the time that the host takes for a tile.
-OF_GPU = TileSizes(8192, 8192, 2**26, 2048)
 
 
 class Adapter:

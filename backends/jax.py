@@ -12,7 +12,8 @@ from jax import lax
 
 from . import generic, jax_lifted, jax_native, jax_primitive, jax_types
 from ._functions import of_floating
-from .generic import OF_GPU, Array, Footprint, Index, State, TileSizes
+from ._sizes import OF_GPU, Footprint, TileSizes
+from .generic import Array, Index, State
 
 # Returns its argument; under vmap, whether it holds anywhere in the batch, as one unbatched bool: a
 # `lax.cond` on an unbatched test stays a branch, where a batched one would compute both sides.

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from . import _threads, generic
-from .generic import Array, Footprint, Index, State
+from ._sizes import Footprint
+from .generic import Array, Index, State
 
 
 class InPlace(generic.Adapter):

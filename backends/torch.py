@@ -10,7 +10,8 @@ import torch
 
 from . import generic, torch_native
 from ._functions import of_floating
-from .generic import OF_GPU, Array, Footprint, TileSizes
+from ._sizes import OF_GPU, Footprint, TileSizes
+from .generic import Array
 from .torch_autograd import Call, Lifted, Operation, Watch, computed, tensors_in
 
 

@@ -151,8 +151,11 @@ class Dense(Mask):
     def tile_axes(self) -> str:
         """Those that do not broadcast."""
         *lead, rows, cols = (1, 1, *tuple(self.allowed.shape))
-        whole = "bh" * any(n != 1 for n in lead)
-        return whole + "q" * (rows != 1) + "k" * (cols != 1)
+        return (
+            ("bh" if any(n != 1 for n in lead) else "")
+            + ("q" if rows != 1 else "")
+            + ("k" if cols != 1 else "")
+        )
 
     @property
     def tile_arrays(self) -> int:

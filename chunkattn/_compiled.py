@@ -92,8 +92,10 @@ TORCH = loaded(torch_compile.example())
 
 def _eager(query: Array, key: Array, value: Array, keywords: Given) -> Any:
     given = dict(keywords)
-    further = (given.pop(name) for name in ("return_lse", "progress", "memory_limit"))
-    return compute(query, key, value, *further, given)
+    return_lse, progress, limit = (
+        given.pop(name) for name in ("return_lse", "progress", "memory_limit")
+    )
+    return compute(query, key, value, return_lse, progress, limit, given)
 
 
 _OUTSIDE = {why: torch_compile.outside(_eager, why) for why in (PYTHON, TRANSFORMED)}

@@ -9,8 +9,8 @@ from ._adapters import common_adapter
 from ._attention import attention
 from ._interop_flax import flax_attention_fn
 from ._interop_jax import dot_product_attention
-from ._interop_torch import register_torch, replace_sdpa
 from ._interop_keras import keras_multi_head_attention
+from ._interop_torch import register_torch, replace_sdpa
 from ._interop_transformers import register_transformers
 from ._shapes import broadcast, is_float, shapes_of
 from .masks import Predicate
@@ -21,8 +21,8 @@ __all__ = [
     "dot_product_attention",
     "flax_attention_fn",
     "flex_attention",
-    "register_torch",
     "keras_multi_head_attention",
+    "register_torch",
     "register_transformers",
     "replace_sdpa",
     "scaled_dot_product_attention",
