@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from typing import NamedTuple
 
 
@@ -50,3 +52,22 @@ class Footprint(NamedTuple):
 
 # What fills a GPU, and is worth the time that the host takes for a tile.
 OF_GPU = TileSizes(8192, 8192, 2**26, 2048)
+
+
+@cache
+def second_cache() -> int:
+    """Return the bytes of a core's second-level cache; 1 MiB where the system does not tell."""
+    try:
+        told = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not Linux
+        told = 0
+    return told if told > 0 else 2**20
+
+
+def of_cpu(bytes_of_tile: int) -> TileSizes:
+    """Return the sizes for tiles of that many bytes, in float32.
+
+    There are 512 queries, as products of matrices are fast from there on, and up to 2048 keys.
+    """
+    cols = min(2048, max(256, bytes_of_tile // (4 * 512)))
+    return TileSizes(512, cols, 2 * 512 * cols, 1)

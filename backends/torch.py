@@ -10,7 +10,7 @@ import torch
 
 from . import generic, torch_native
 from ._functions import of_floating
-from ._sizes import OF_GPU, Footprint, TileSizes
+from ._sizes import OF_GPU, Footprint, TileSizes, of_cpu, second_cache
 from .generic import Array
 from .torch_autograd import Call, Lifted, Operation, Watch, computed, tensors_in
 
@@ -63,8 +63,8 @@ class Adapter(generic.Adapter):
         return x.device
 
     def tile_sizes(self, like: Array) -> TileSizes:
-        """Return the sizes for GPUs, or those for a CPU."""
-        return TileSizes(512, 512, 2**19, 1) if like.device.type == "cpu" else OF_GPU
+        """Return the sizes for GPUs, or those for a CPU, whose cores share a tile."""
+        return of_cpu(second_cache()) if like.device.type == "cpu" else OF_GPU
 
     def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
         """Return a tensor of `shape` and `dtype` full of `fill`, on the device of `like`."""

@@ -1,4 +1,4 @@
-"""The schedule of the paper, as a peer to compare with, and what each schedule holds in memory.
+"""The schedule of the paper, as a peer to compare with.
 
 Rabe & Staats, "Self-attention Does Not Need O(n²) Memory", https://arxiv.org/abs/2112.05682,
 "An Implementation For TPUs": for each chunk of queries, every chunk of keys leaves a summary of
@@ -19,7 +19,6 @@ from functools import partial
 import numpy as np
 
 QUERIES, KEYS = 1024, 4096  # the paper's chunks
-OUR_QUERIES, OUR_KEYS = 512, 1024  # those of chunkattn on a CPU, for NumPy and JAX
 
 
 def keys_per_chunk(n_k, key_chunk_size):
@@ -172,41 +171,3 @@ def _merged_jax(values, totals, tops):
 
     factors = jnp.exp(tops - jnp.max(tops, axis=0))
     return jnp.sum(values * factors, axis=0) / jnp.sum(totals * factors, axis=0)
-
-
-# Formulas
-
-
-def tile_bytes(queries, keys):
-    """Return the bytes of one tile of scores in float32."""
-    return 4 * queries * keys
-
-
-def summaries_bytes(queries, count, d_v=64):
-    """Return the bytes of `count` summaries in float32: values, a total and a top per query."""
-    return 4 * queries * count * (d_v + 2)
-
-
-def paper_bytes(n, key_chunk_size, d_v=64):
-    """Return what the paper's schedule holds: one tile of scores, and the stack."""
-    queries, keys = min(QUERIES, n), keys_per_chunk(n, key_chunk_size)
-    return tile_bytes(queries, keys) + summaries_bytes(queries, math.ceil(n / keys), d_v)
-
-
-def our_bytes(n, d_v=64):
-    """Return what ours holds: one tile, the summary so far and that of one more chunk."""
-    queries, keys = min(OUR_QUERIES, n), min(OUR_KEYS, n)
-    return tile_bytes(queries, keys) + summaries_bytes(queries, 2, d_v)
-
-
-def formulas(n, d_v=64):
-    """Return by schedule what it holds beside inputs and outputs, in bytes.
-
-    Of one head, n queries and keys, float32.  Only what is large is counted.
-    """
-    return {
-        "textbook": tile_bytes(n, n),
-        "paper, √n keys": paper_bytes(n, None, d_v),
-        "paper, 4096 keys": paper_bytes(n, KEYS, d_v),
-        "chunkattn": our_bytes(n, d_v),
-    }

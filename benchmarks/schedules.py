@@ -4,7 +4,8 @@
 
 One head of width 64 in float32, n queries and n keys.  What is counted is the most that a call
 holds at a time beyond its inputs and outputs: on NumPy by tracemalloc, on JAX by XLA's analysis of
-the compiled call, which does not have to run.  The schedules and their formulas are in paper.py;
+the compiled call, which does not have to run.  The schedules are in paper.py, their formulas those
+of `plan(...).compare()`, for NumPy in one thread;
 tests/memory.py measures, whose needs are needed here too (pytest, ml_dtypes).
 """
 
@@ -19,7 +20,7 @@ import numpy as np
 import paper
 from machine import about, write
 
-from chunkattn import attention
+from chunkattn import ArraySpec, attention, plan
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -52,13 +53,21 @@ TEXT = f"""\
 One head, d = 64, float32, n queries and n keys: the most held at a time beyond inputs and outputs,
 in MiB, as formula / NumPy / JAX.  “paper” is the schedule of Rabe & Staats with
 {paper.QUERIES:,} queries at a time and as many keys per summary as the column says; “chunkattn” is
-`implementation="chunked"` with its default tiles, {paper.OUR_QUERIES} × {paper.OUR_KEYS:,}.
+its plan with the default tiles.
 
 NumPy by tracemalloc, in one thread (each further thread of ours has a tile of its own).  Above
 n = {WHOLE:,} it has {paper.QUERIES:,} queries instead of n, since the chunks of queries come one
 after the other, and no textbook.  JAX by XLA's memory analysis of the compiled call, which does not
 run; compiled without the pass that hands all of the textbook's attention to one kernel, since the
 analysis leaves out the n × n scores that this kernel holds."""
+
+
+def formulas(n):
+    """Return by schedule what it holds beyond inputs and outputs, in bytes."""
+    token = ArraySpec((n, memory.WIDTH))
+    with memory._blas_threads(1):
+        found = plan(token, token, token).compare([n])
+    return dict(zip(SCHEDULES["numpy"], (sizes[0] for _, _, sizes in found.schedules), strict=True))
 
 
 def of_numpy(name, n):
@@ -83,7 +92,7 @@ def measured(longest):
     """Yield (n, schedule, formula, NumPy, JAX) in bytes."""
     n = SHORTEST
     while n <= longest:
-        for name, formula in paper.formulas(n, memory.WIDTH).items():
+        for name, formula in formulas(n).items():
             yield n, name, formula, of_numpy(name, n), of_jax(name, n)
         n *= 4
 
@@ -124,7 +133,7 @@ def report(arguments):
     """Yield the lines of the report, and draw the figure where one is asked for."""
     yield f"# Memory by schedule\n\n{about('python benchmarks/schedules.py', arguments)}\n"
     yield f"<!-- what -->\n\n{TEXT}\n"
-    names = list(paper.formulas(SHORTEST))
+    names = list(formulas(SHORTEST))
     yield f"| n | {' | '.join(names)} |\n|--:|{'--:|' * len(names)}"
     rows, cells = [], []
     for row in measured(arguments.longest):

@@ -1,4 +1,4 @@
-"""The command line: `info`, `demo` and `vendor`, and what all subcommands share."""
+"""The command line: `info`, `demo`, `plan` and `vendor`, and what all subcommands share."""
 
 import os
 import re
@@ -509,3 +509,57 @@ def test_vendor_that_fails_restores(failing, capsys, monkeypatch, tmp_path):
 def test_requirement_is_the_projects():
     project = Path(__file__).parents[1] / "pyproject.toml"
     assert tomllib.loads(project.read_text())["project"]["dependencies"] == [vendor.REQUIREMENT]
+
+
+# plan
+
+
+def test_plan(capsys, no_rich):
+    words = (
+        "--n",
+        1024,
+        "--heads",
+        2,
+        "--dim",
+        16,
+        "--causal",
+        "--training",
+        "--memory-limit",
+        "2MB",
+    )
+    assert status("plan", *words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {tuple(line.split("\t")[:2]): line.split("\t")[3] for line in lines if "\t" in line}
+    assert rows["input", "query"] == f"{2 * 1024 * 16 * 4:,}"
+    assert rows["output", "gradient of key"] == rows["input", "query"]
+    peak = int(rows["peak", "beyond inputs and outputs"].replace(",", ""))
+    assert peak <= 2_000_000
+    terms = [int(x.replace(",", "")) for (kind, _), x in rows.items() if kind == "call"]
+    assert sum(terms) == peak
+    assert any(line.startswith("paper, √n keys: heads × 1024") for line in lines)
+
+
+def test_plan_draws(tmp_path):
+    assert status("plan", "--n", 4096, "--queries", 64, "--plot", tmp_path / "plan.png") == 0
+    with Image.open(tmp_path / "plan.png") as picture:
+        assert picture.width > 500
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--memory-limit", "1kB"), "memory_limit must be at least"),
+        (("--memory-limit", "x"), "memory_limit must be a positive number of bytes"),
+        (("--heads", 8, "--key-heads", 3), "--key-heads: must divide --heads"),
+        (("--plot", "plan.txt"), "must be the name of a file in .png or .svg"),
+        (("--n", 0), "must be a whole number from 1 on"),
+    ],
+)
+def test_plan_refuses(capsys, words, message):
+    assert status("plan", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plan_without_a_library(capsys):
+    assert status("plan", "--library", "no_such_library") == 1
+    assert "cannot import no_such_library" in capsys.readouterr().err

@@ -34,6 +34,24 @@ def test_memory_does_not_grow(lib):
     assert extra_bytes(lib, default, *long) <= 1.02 * extra_bytes(lib, default, *short)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+def test_a_million_keys(name, rng):
+    """Right on queries that are looked at in float64, in the memory of a short call."""
+    lib = libraries.library(name)
+    arrays = tokens(lib, 4096, 2**20)
+    extra = extra_bytes(lib, chunked, *arrays)
+    assert extra <= 1.02 * extra_bytes(lib, chunked, *tokens(lib, 4096, 2**13))
+    out, lse = (lib.numpy(x) for x in chunked(*arrays))
+    query, key, value = map(lib.numpy, arrays)
+    chosen = [0, 1, 2047, 4095]
+    scores = query[chosen] @ key.T / np.sqrt(query.shape[-1])
+    known = np.logaddexp.reduce(scores, axis=-1)
+    np.testing.assert_allclose(lse[chosen], known, rtol=1e-6)
+    expected = np.exp(scores - known[:, None]) @ value
+    np.testing.assert_allclose(out[chosen], expected, atol=1e-6)
+
+
 def test_memory_of_threads():
     """Each of NumPy's threads has a tile of its own, and no more than that."""
     lib = libraries.library("numpy")

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from memory import extra_bytes, tokens
 
+from chunkattn import ArraySpec, plan
+
 paper = SimpleNamespace(
     **runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "paper.py"))
 )
@@ -76,6 +78,14 @@ def test_gradients_in_jax(rng, lengths):
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
 
 
+def predicted(n, key_chunk_size):
+    """Return what `plan` says of the paper's schedule."""
+    token = ArraySpec((n, 64))
+    found = plan(token, token, token).compare([n])
+    name = "paper, √n keys" if key_chunk_size is None else f"paper, {key_chunk_size} keys"
+    return {name: sizes[0] for name, _, sizes in found.schedules}[name]
+
+
 @pytest.mark.parametrize("key_chunk_size", [None, 4096])
 def test_memory_is_that_of_the_formula(schedule, key_chunk_size):
     """One tile, and the stack: √n summaries, or one per 4096 keys."""
@@ -86,14 +96,15 @@ def test_memory_is_that_of_the_formula(schedule, key_chunk_size):
 
     for n in (4096, 65536):
         extra = extra_bytes(lib, one_chunk_of_queries, *tokens(lib, 1024, n))
-        expected = paper.paper_bytes(n, key_chunk_size)
+        expected = predicted(n, key_chunk_size)
         assert 0.98 * expected < extra < 1.18 * expected, n
 
 
 def test_formulas_grow_as_stated():
     """By a factor of 2 where n grows by 4, or by one summary for each further chunk of keys."""
+    summary = 4 * paper.QUERIES * (64 + 2)
     for n in (4**i for i in range(5, 12)):
-        root, fixed = ([paper.paper_bytes(m, keys) for m in (n, 4 * n)] for keys in (None, 4096))
+        root, fixed = ([predicted(m, keys) for m in (n, 4 * n)] for keys in (None, paper.KEYS))
         assert root[1] == 2 * root[0]
         if n >= paper.KEYS:
-            assert fixed[1] - fixed[0] == paper.summaries_bytes(paper.QUERIES, 3 * n // paper.KEYS)
+            assert fixed[1] - fixed[0] == summary * 3 * n // paper.KEYS

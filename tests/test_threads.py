@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,38 @@ def test_a_call_within_a_call(tokens):
 
     np.testing.assert_allclose(call(tokens, mask=mask_mod), expected, atol=1e-6)
     assert blas_threads() == before
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+from time import perf_counter
+import numpy as np
+import {library} as xp
+from chunkattn import attention
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the parent ignores it
+x = xp.asarray(np.ones((1, 2**17, 64), np.float32))  # a minute and more
+begun = perf_counter()
+threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    attention(x, x, x, implementation="chunked")
+except KeyboardInterrupt:
+    assert perf_counter() - begun < 15
+    again = attention(x[:, :100], x[:, :100], x[:, :100])
+    assert abs(again - 1).max() < 1e-5
+    sys.exit(0)
+sys.exit("it was not interrupted")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT between processes")
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_interrupted(library):
+    """Ctrl-C ends a long call soon, and the process goes on."""
+    pytest.importorskip(library)
+    code = INTERRUPTED.format(library=library)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
