@@ -29,7 +29,7 @@ class Footprint(NamedTuple):
     inverses : int
         Copies of a boolean mask that `hide` makes.
     hashes : int
-        Arrays of 32-bit integers of the size of a tile, while dropout's hash is taken.
+        Arrays of 32-bit integers of half the size of a tile, while dropout's hash is taken.
     saved, exact : int
         Arrays of the shape of `lse`, and of `out` where that is rounded, from forward to backward.
     buffers : int
@@ -42,7 +42,7 @@ class Footprint(NamedTuple):
 
     weights: int = 3
     inverses: int = 1
-    hashes: int = 4
+    hashes: int = 6
     saved: int = 3
     exact: int = 1
     buffers: int = 8_192

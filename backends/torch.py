@@ -40,7 +40,7 @@ class Adapter(generic.Adapter):
 
     name = "torch"
     autodiff = True
-    footprint = Footprint(weights=1, hashes=2, saved=4, exact=2, buffers=3_072, objects=0)
+    footprint = Footprint(weights=1, hashes=3, saved=4, exact=2, buffers=3_072, objects=0)
 
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer, the barely supported unsigned ones included."""

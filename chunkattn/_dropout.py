@@ -41,17 +41,18 @@ def threefry(key: Words, counter: Words) -> Words:
         for bits in _ROTATIONS[group % 2]:
             x = x + y
             y = _rotate(y, bits) ^ x
-        x = x + keys[(group + 1) % 3]
-        y = y + keys[(group + 2) % 3] + (group + 1)
+        x += keys[(group + 1) % 3]  # x and y have their full shape by now
+        y += keys[(group + 2) % 3] + (group + 1)
     return x, y
 
 
 def _rotate(x: Array, bits: int) -> Array:
+    """Return `x` with its bits turned; it may be overwritten."""
     low = x >> (32 - bits)
     low &= 2**bits - 1  # the shift of a signed integer drags its sign
-    high = x << bits
-    high |= low
-    return high
+    x <<= bits
+    x |= low
+    return x
 
 
 def kept(tile: Any, rate: float) -> Array:

@@ -116,9 +116,9 @@ class Counted:
     def forward(self) -> list[Term]:
         """Return the terms of the forward pass at its fullest moment."""
         spec, own = self.spec, self.footprint
+        wide, drops = int(self.widens), int(bool(spec.dropout))
         weights = self.term("weights", own.weights, *SCORES)
-        hashed = self.term("hash for dropout", own.hashes * bool(spec.dropout), *SCORES)
-        wide = int(self.widens)
+        hashed = self.term("hash for dropout", own.hashes * drops, *SCORES, number=2)
         return [
             self.term("scores", *SCORES),
             self.term("queries, scaled", *ROWS, "d"),
@@ -172,7 +172,7 @@ class Counted:
             *_fullest(
                 *self._functions(),
                 [visible, self.term("inverted", own.inverses * unseen, *SCORES, number=1)],
-                [visible, self.term("hash for dropout", own.hashes * drops, *SCORES)],
+                [visible, self.term("hash for dropout", own.hashes * drops, *SCORES, number=2)],
                 [visible, self.term("derivative of the softcap", int(chained), *SCORES)],
                 [
                     visible,

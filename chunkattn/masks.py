@@ -97,8 +97,8 @@ class Window(Mask):
 
     @property
     def tile_arrays(self) -> int:
-        """Two, and the pairs that are in both."""
-        return 1 if None in (self.left, self.right) else 3
+        """One for each end."""
+        return 1 if None in (self.left, self.right) else 2
 
     def __post_init__(self) -> None:
         for name in ("left", "right"):
@@ -143,7 +143,9 @@ class Window(Mask):
             allowed = tile.kv_idx >= tile.q_idx - self.left
         if self.right is not None:
             before_end = tile.kv_idx <= tile.q_idx + self.right
-            allowed = before_end if allowed is None else allowed & before_end
+            if allowed is None:
+                return before_end
+            allowed &= before_end
         return allowed
 
     @property
