@@ -22,7 +22,11 @@ except ImportError:  # BLAS keeps its own threads, and the tasks run one after t
 
 
 class _Blas:
-    """The BLAS libraries of the process: their thread count, and who holds it at one."""
+    """The BLAS libraries of the process: their thread count, and who holds it at one.
+
+    They are those that are loaded at the first call, NumPy's among them; to look again at each call
+    would take a millisecond.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, settings
 
 from chunkattn import attention
 
+collect_ignore = ["keras_layers.py"]  # imports Keras, in processes of its own
+
 settings.register_profile(
     "suite",
     deadline=None,
