@@ -105,9 +105,9 @@ def terms(request: Request, algorithm: Any, *, training: bool) -> list[Term]:
         ]
     if isinstance(algorithm, Native):
         return _of_kernel(request, algorithm, counted, training)
-    passes = [counted.forward()]
+    passes = [counted.standard() if request.spec.standard else counted.forward()]
     if training:
-        passes = [[*counted.forward(), *counted.saved()]]
+        passes[0] += counted.saved()
         counted = replace(counted, threads=request.xp.at_once(request.spec.blocks))
         passes.append([*counted.backward(tuple(request.inputs)), *counted.saved()])
     return [term for term in max(passes, key=total) if term.bytes]

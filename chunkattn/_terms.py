@@ -74,8 +74,8 @@ class Counted:
     """A call whose memory is counted.
 
     `masks` have their arrays; `d` is the width of queries; `footprint` is the adapter's; `by_batch`
-    says whether the query offset differs from batch entry to batch entry.  `tasks` run at a time
-    forward, `blocks` backward.
+    says whether the query offset differs from batch entry to batch entry; `threads` is the number
+    of tasks at a time.
     """
 
     spec: Spec
@@ -136,6 +136,16 @@ class Counted:
                     self.term("values, widened", wide, *KEYS, "d_v"),
                 ],
             ),
+        ]
+
+    def standard(self) -> list[Term]:
+        """Return the terms of textbook attention's forward pass."""
+        return [
+            self.term("scores, less their maxima, weights", 3, "all_heads", "n_q", "n_k"),
+            self.term("sums and maxima", 6, "all_heads", "n_q"),
+            self.term("queries, scaled", "all_heads", "n_q", "d"),
+            self.term("accumulator", "all_heads", "n_q", "d_v"),
+            self.term("objects of Python", self.footprint.objects, number=1),
         ]
 
     def saved(self) -> list[Term]:
@@ -219,5 +229,5 @@ class Counted:
 
 
 def _fullest(*moments: list[Term]) -> list[Term]:
-    """Return the terms of the moment that takes most, without those of no bytes."""
+    """Return the terms of the moment that takes most."""
     return max(moments, key=total)

@@ -21,6 +21,7 @@ SHAPES = {
     "defaults, 8 heads": {"n": 1024, "h": 8, "tiles": {}},
     "auto": {"tiles": {}, "implementation": "auto"},
     "auto, 8 heads": {"n": 1024, "h": 8, "tiles": {}, "implementation": "auto"},
+    "textbook": {"tiles": {}, "implementation": "standard"},
     "within 1.5 MB": {"tiles": {"memory_limit": "1.5MB"}},
     "float64": {"dtype": "float64"},
     "float16": {"dtype": "float16"},
