@@ -20,7 +20,7 @@ RECORD := .capabilities/record.json
 GPU_RECORD := benchmarks/results/gpu-tests.json
 # The folders are listed too: their time tells that a file was removed.
 SOURCES := $(shell find chunkattn backends -name __pycache__ -prune -o -print)
-PYTEST := $(RUN) -m pytest -n $(WORKERS)
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:

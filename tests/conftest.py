@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import defaultdict
 from contextlib import nullcontext
@@ -15,6 +16,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from chunkattn import attention
+
+gc.set_threshold(100_000, 20, 100)  # what JAX and PyTorch keep is much to look through
 
 collect_ignore = ["keras_layers.py"]  # imports Keras, in processes of its own
 

@@ -48,7 +48,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "score_mod, dropout" else name
+        for name in CASES
+    ],
+)
 def test_check_grads(name):
     """Reverse and forward mode, in float64 and with chunks that do not divide.
 

@@ -58,7 +58,7 @@ def calls(draw):
 
 
 @pytest.mark.feature("any mixture of these")
-@settings(max_examples=100)
+@settings(max_examples=70)
 @given(call=calls())
 def test_any_call(check, call):
     query, key, value, kwargs = call
@@ -118,7 +118,7 @@ def check_masks(check, call):
 
 
 @pytest.mark.feature("any mixture of these")
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(call=masked_calls())
 def test_any_masks(check, call):
     check_masks(check, call)
