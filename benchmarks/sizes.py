@@ -3,8 +3,8 @@
     python benchmarks/sizes.py [--libraries numpy,torch,jax] [--n 4096] [--heads 8] [--dim 64]
         [--rounds 7] [--out FILE]
 
-All sizes of a grid are timed in turns, and the median of each one's ratio to the default in the
-same round is printed: below 1 it is faster.
+All sizes of a grid are timed in turns, in an order of chance, and the median of each one's ratio
+to the default in the same round is printed: below 1 it is faster.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def ratios(library, given):
     for one in ways:
         one(*tokens)  # compiles
     found = [[] for _ in sizes]
-    for number in tqdm(range(given.rounds), desc=library):
+    rng = np.random.default_rng(1)
+    for _ in tqdm(range(given.rounds), desc=library):
         seconds = [0.0] * len(ways)
-        for i in range(len(ways)):
-            place = (i + number * 7) % len(ways)
+        for place in rng.permutation(len(ways)):  # what ran before leaves its traces in the caches
             begun = perf_counter()
             ways[place](*tokens)
             seconds[place] = perf_counter() - begun
