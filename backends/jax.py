@@ -216,9 +216,13 @@ class Adapter(generic.Adapter):
 
     def compiled_bytes(self, function: Any, operation: Any, spec: Any, *arrays: Any) -> int | None:
         """Ask XLA, which plans all memory as it compiles."""
+        own = spec.calls_back or operation.done is not None
+        planned = (
+            _planned.__wrapped__ if own else _planned
+        )  # as `differentiable` keeps compilations
         leaves, tree = jax.tree.flatten(arrays)
         given = tuple(x if _is_static(x) else (tuple(x.shape), x.dtype) for x in leaves)
-        return _planned(self, function, operation, spec, tree, given)
+        return planned(self, function, operation, spec, tree, given)
 
     def stand_in(
         self, function: Callable[..., Any], like: Array, specs: list[tuple[Any, Any]]

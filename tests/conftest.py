@@ -19,7 +19,8 @@ from chunkattn import attention
 
 gc.set_threshold(100_000, 20, 100)  # what JAX and PyTorch keep is much to look through
 
-collect_ignore = ["keras_layers.py"]  # imports Keras, in processes of its own
+# Scripts for processes of their own, which set JAX and Keras up for the whole of one.
+collect_ignore = ["keras_layers.py", "sharded.py"]
 
 settings.register_profile(
     "suite",
