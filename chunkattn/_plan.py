@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from math import isqrt, prod
@@ -91,8 +92,7 @@ def plan(
     reports = given.pop("progress") not in (None, False)
     tokens = tuple(given.pop(name) for name in ("query", "key", "value"))
 
-    def choose(request: Request, implementation: str) -> tuple[Any, str]:
-        return operation(request, implementation, return_lse=return_lse, reports=reports)
+    choose = partial(operation, return_lse=return_lse, reports=reports)
 
     def planned(*tokens: Array) -> Plan:
         request, algorithm, why = prepared(tokens, given, choose, limit, training)
@@ -151,8 +151,7 @@ def _of_request(
         inputs=arrays(inputs),
         outputs=arrays(outputs),
         terms=tuple(one for one in terms(request, algorithm, training=training) if one.bytes),
-        lengths=(spec.n_q, spec.n_k),
-        widths=(request.inputs["query"].shape[-1], spec.d_v),
+        d_v=spec.d_v,
         heads=prod(spec.batch) * spec.heads,
         number=number_bytes(xp, spec.compute),
     )
@@ -188,8 +187,7 @@ class Plan:
     inputs: tuple[Term, ...]
     outputs: tuple[Term, ...]
     terms: tuple[Term, ...]
-    lengths: tuple[int, int]
-    widths: tuple[int, int]
+    d_v: int
     heads: int
     number: int
 
@@ -198,20 +196,23 @@ class Plan:
         """The bytes that the call holds at its fullest moment, beyond inputs and outputs."""
         return total(self.terms)
 
+    @property
+    def heading(self) -> str:
+        """What computes the call, and on which tiles: two lines."""
+        return (
+            f"attention on {self.library}: {self.implementation} ({self.why})\n"
+            f"tiles of {self.query_chunk_size:,} queries × {self.key_chunk_size:,} keys, "
+            f"{self.tasks:,} tasks, {self.threads} at a time"
+        )
+
     def __str__(self) -> str:
         """Return a table."""
-        lines = [
-            f"attention on {self.library}: {self.implementation} ({self.why})",
-            f"tiles of {self.query_chunk_size:,} queries × {self.key_chunk_size:,} keys, "
-            f"{self.tasks:,} tasks, {self.threads} at a time",
-            "",
-        ]
         rows = [("", "bytes", "formula")]
         for title, found in (("inputs", self.inputs), ("outputs", self.outputs)):
             rows += [(f"{title}: {one.name}", f"{one.bytes:,}", one.formula) for one in found]
         rows += [(one.name, f"{one.bytes:,}", one.formula) for one in self.terms]
         rows.append(("peak beyond inputs and outputs", f"{self.peak_bytes:,}", ""))
-        return "\n".join([*lines, *aligned(rows)])
+        return "\n".join([self.heading, "", *aligned(rows)])
 
     def compare(self, lengths: Sequence[int] | None = None) -> Comparison:
         """Set schedules of the same attention side by side, over lengths.
@@ -231,7 +232,7 @@ class Plan:
         return Comparison(tuple(chosen), tuple(self._schedules(chosen)))
 
     def _schedules(self, lengths: Sequence[int]) -> Iterable[tuple[str, str, tuple[int, ...]]]:
-        known = {"heads": self.heads, "d_v": self.widths[1]}
+        known = {"heads": self.heads, "d_v": self.d_v}
 
         def column(name: str, count: Any) -> tuple[str, str, tuple[int, ...]]:
             found = [count(n) for n in lengths]
@@ -242,7 +243,7 @@ class Plan:
 
         def stacked(n: int, keys: int, told: str) -> Term:
             rows, keys = min(PAPER_QUERIES, n), min(keys, n)
-            summaries = -(-n // keys) * (self.widths[1] + 2)
+            summaries = -(-n // keys) * (self.d_v + 2)
             size = self.heads * rows * (keys + summaries) * self.number
             formula = f"heads × {PAPER_QUERIES} × ({told} + n / {told} × (d_v + 2))"
             return Term("", f"{formula} × {self.number} B", size)

@@ -53,11 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("argument --key-heads: must divide --heads")
     require("demo", arguments.library, *(["matplotlib.figure"] if arguments.plot else []))
     found = _plan(arguments)
-    print(
-        f"attention on {found.library}: {found.implementation} ({found.why})\n"
-        f"tiles of {found.query_chunk_size:,} queries × {found.key_chunk_size:,} keys; "
-        f"{found.tasks:,} tasks, {found.threads} at a time"
-    )
+    print(found.heading)
     kinds = (("input", found.inputs), ("output", found.outputs), ("call", found.terms))
     rows = [
         (kind, term.name, in_bytes(term.bytes), f"{term.bytes:,}", term.formula)
