@@ -17,7 +17,7 @@ here written with the standard alone (2021.12 and later):
 ``matmul``            the product in the dtype of its operands, which have the compute dtype
 ``exp_difference``    ``exp(x - y)``; may overwrite `x`
 ``cap``               the softcap of scores; may overwrite its argument
-``weigh``             the softmax of rows of scores, up to a factor for each
+``weigh``             the softmax of rows of scores, but for its division
 ``hide``              masking; may overwrite its argument
 ``maximum``           the larger of two arrays, element by element (standard since 2023.12)
 ``index_dtype``       the dtype of positions
@@ -51,6 +51,7 @@ and the same arithmetic serves both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import e, log2
 from typing import Any
 
 import array_api_compat
@@ -63,6 +64,8 @@ State = Any
 Index = Any  # an int, or a traced integer array of no axes
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+LOG2_E = log2(e)
+SMALL = 10.0  # of a score: sums of e**10 or e**-10 are far from overflow and underflow
 
 
 class Adapter:
@@ -173,15 +176,15 @@ class Adapter:
         """Return ``softcap * tanh(s / softcap)``; `s` may be overwritten."""
         return self.tanh(s / softcap) * softcap
 
-    def weigh(self, s: Array, top: Array) -> tuple[Array, Array | None, Array, Array]:
-        """Return ``(weights, factor, total, top)`` of the rows of scores, which may be overwritten.
+    def weigh(self, s: Array, top: Array) -> tuple[Array, Array, Array]:
+        """Return ``(weights, total, top)`` of the rows of scores, which may be overwritten.
 
-        `top` is the larger of what it was and the largest score, ``weights * factor`` (without a
-        factor: the weights) is ``exp(s - top)``, and `total` is the sum of that.
+        The weights are ``exp(s - top)``, and `total` is their sum.  `top` becomes the larger of
+        what it was and the largest score; or, as well, 0 if that is no further from 0 than `SMALL`.
         """
         top = self.maximum(top, self.max(s, axis=-1, keepdims=True))
         weights = self.exp_difference(s, top)
-        return weights, None, self.sum(weights, axis=-1, keepdims=True, dtype=s.dtype), top
+        return weights, self.sum(weights, axis=-1, keepdims=True, dtype=s.dtype), top
 
     def hide(self, x: Array, allowed: Array, fill: float) -> Array:
         """Return `x` with `fill` where not `allowed`; `x` may be overwritten."""

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import generic, torch_native
 from ._functions import of_floating
 from ._sizes import OF_GPU, Footprint, TileSizes, of_cpu, second_cache
-from .generic import Array
+from .generic import LOG2_E, SMALL, Array
 from .torch_autograd import Call, Lifted, Operation, Watch, computed, tensors_in
 
 
@@ -21,7 +22,9 @@ def _is_watched(x: Array) -> bool:
         return True
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         return True
-    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    if forward_ad._current_level < 0:  # spare the question, which takes longer
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 @functools.cache
@@ -40,7 +43,7 @@ class Adapter(generic.Adapter):
 
     name = "torch"
     autodiff = True
-    footprint = Footprint(weights=1, hashes=3, saved=4, exact=2, buffers=3_072, objects=0)
+    footprint = Footprint(weights=0, hashes=3, saved=4, exact=2, buffers=3_072, objects=0)
 
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer, the barely supported unsigned ones included."""
@@ -93,7 +96,12 @@ class Adapter(generic.Adapter):
         return torch.matmul(a, b, out=workspace[: shape.numel()].view(shape))
 
     def exp_difference(self, x: Array, y: Array) -> Array:
-        """Overwrite `x` with ``exp(x - y)``, or make it in one pass over memory."""
+        """Overwrite `x` with ``exp(x - y)``, or make it in one pass over memory.
+
+        On a CPU PyTorch takes a power of 2 in a third of the time of one of e.
+        """
+        if x.is_cpu:
+            return x.sub_(y).mul_(LOG2_E).exp2_()
         fused = _fused_exp_difference() if x.is_cuda else None
         return x.sub_(y).exp_() if fused is None else fused(x, y)
 
@@ -101,20 +109,19 @@ class Adapter(generic.Adapter):
         """Overwrite `s` with ``softcap * tanh(s / softcap)``."""
         return s.div_(softcap).tanh_().mul_(softcap)
 
-    def weigh(self, s: Array, top: Array) -> tuple[Array, Array | None, Array, Array]:
-        """Take PyTorch's softmax on a CPU: one pass over memory, and a faster exponential.
+    def weigh(self, s: Array, top: Array) -> tuple[Array, Array, Array]:
+        """Overwrite the scores with the weights.
 
-        The largest weight of a row is ``1 / Σ exp(s - max s)``.
+        On a CPU a maximum that is small may as well be 0, which need not be subtracted.
         """
         if not s.is_cpu:
             return super().weigh(s, top)
-        largest, weights = s.amax(-1, keepdim=True), torch.softmax(s, -1)
-        new = torch.maximum(top, largest)
-        total = torch.exp(largest - new) / weights.amax(-1, keepdim=True)
-        blind = largest == -torch.inf
-        if blind.any():  # 0 / 0
-            weights, total = (x.masked_fill_(blind, 0) for x in (weights, total))
-        return weights, total, total, new
+        top = torch.maximum(top, s.amax(-1, keepdim=True))
+        top.masked_fill_(top.abs() <= SMALL, 0)
+        if top.any():
+            s.sub_(top)
+        weights = s.mul_(LOG2_E).exp2_()
+        return weights, weights.sum(-1, keepdim=True), top
 
     def hide(self, x: Array, allowed: Array, fill: float) -> Array:
         """Overwrite `x` with `fill` where not `allowed`."""

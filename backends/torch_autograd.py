@@ -72,13 +72,15 @@ class _Place(int):
     """The number of a tensor in the data of a call."""
 
 
-def tensors_in(x: Any) -> Iterator[Array]:
-    """Yield the tensors in a nest of dicts and tuples."""
+def tensors_in(x: Any) -> list[Array]:
+    """Return the tensors in a nest of dicts and tuples."""
     if isinstance(x, torch.Tensor):
-        yield x
-    elif isinstance(x, dict | tuple | list):
-        for y in x.values() if isinstance(x, dict) else x:
-            yield from tensors_in(y)
+        return [x]
+    if isinstance(x, dict):
+        x = x.values()
+    elif not isinstance(x, tuple | list):
+        return []
+    return [tensor for y in x for tensor in tensors_in(y)]
 
 
 def _rebuilt(x: Any, numbers: Iterator[int]) -> Any:

@@ -1,7 +1,8 @@
 """PyTorch's own attention kernels, with their lse and their gradients.
 
 `torch.nn.functional.scaled_dot_product_attention` chooses among them and keeps the lse to itself;
-these are the operators that it calls.
+these are the operators that it calls (by `torch` rather than `torch.ops` where they are in both,
+as that takes half the time).
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ class Kernel:
     """A kernel by name, on a call's ``(query, key, value, causal, scale)``."""
 
     name: str
-    attend: Callable[[Any], tuple[Array, Array]]  # out, lse
+    attend: Callable[[Any, bool], tuple[Array, Array]]  # out, and lse where that is wanted
     backward: Callable[[Any, Array, Array, Array], tuple[Array, Array, Array]]
 
     needs_lse: ClassVar = True
 
     def forward(self, call: Any, want_lse: bool) -> tuple[Array, Array | None]:
-        """Return ``(out, lse)``; `lse` comes with it anyway."""
-        out, lse = self.attend(call)
+        """Return ``(out, lse)``, None for an `lse` that is not wanted."""
+        out, lse = self.attend(call, want_lse)
         return out, lse if want_lse else None
 
     def scratch(
@@ -95,8 +96,8 @@ def _bare(x: Array) -> Array:
     return x
 
 
-def _cpu(call: Any) -> tuple[Array, Array]:
-    found: tuple[Array, Array] = aten._scaled_dot_product_flash_attention_for_cpu(
+def _cpu(call: Any, want_lse: bool) -> tuple[Array, Array]:
+    found: tuple[Array, Array] = torch._scaled_dot_product_flash_attention_for_cpu(
         call.query, call.key, call.value, 0.0, call.causal, scale=call.scale
     )
     return found
@@ -109,8 +110,8 @@ def _cpu_backward(call: Any, out: Array, lse: Array, d_out: Array) -> tuple[Arra
     return found
 
 
-def _flash(call: Any) -> tuple[Array, Array]:
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(
+def _flash(call: Any, want_lse: bool) -> tuple[Array, Array]:
+    out, lse, *_ = torch._scaled_dot_product_flash_attention(
         call.query, call.key, call.value, 0.0, call.causal, False, scale=call.scale
     )
     return out, lse
@@ -125,9 +126,9 @@ def _flash_backward(call: Any, out: Array, lse: Array, d_out: Array) -> tuple[Ar
     return found
 
 
-def _efficient(call: Any) -> tuple[Array, Array]:
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-        call.query, call.key, call.value, None, True, 0.0, call.causal, scale=call.scale
+def _efficient(call: Any, want_lse: bool) -> tuple[Array, Array]:
+    out, lse, *_ = torch._scaled_dot_product_efficient_attention(
+        call.query, call.key, call.value, None, want_lse, 0.0, call.causal, scale=call.scale
     )
     return out, lse[..., : out.shape[-2]]  # it comes in multiples of 32
 
@@ -143,11 +144,11 @@ def _efficient_backward(
     return d_query, d_key, d_value
 
 
-def _cudnn(call: Any) -> tuple[Array, Array]:
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-        call.query, call.key, call.value, None, True, 0.0, call.causal, False, scale=call.scale
+def _cudnn(call: Any, want_lse: bool) -> tuple[Array, Array]:
+    out, lse, *_ = torch._scaled_dot_product_cudnn_attention(
+        call.query, call.key, call.value, None, want_lse, 0.0, call.causal, False, scale=call.scale
     )
-    return out, lse.reshape(out.shape[:-1])
+    return out, lse.reshape(out.shape[:-1]) if want_lse else lse
 
 
 def _cudnn_backward(call: Any, out: Array, lse: Array, d_out: Array) -> tuple[Array, Array, Array]:

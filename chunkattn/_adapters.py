@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib import import_module
 from numbers import Number
@@ -58,11 +58,20 @@ def loaded(x: Array) -> Any:
 
 def adapter_of(x: Array, name: str) -> Any:
     """Return the adapter for the array `x`, the argument called `name`."""
-    if compiling():
+    tracing = compiling()
+    adapter = None if tracing else _BY_CLASS.get(type(x))
+    if adapter is None:
+        adapter = _adapter_of(x, name, tracing)
+    adapter.check(x, name)
+    return adapter
+
+
+def _adapter_of(x: Array, name: str, tracing: bool) -> Any:
+    """Find the adapter for the class of `x`, and keep it unless the compiler looks on."""
+    if tracing:
         from ._compiled import TORCH, is_tensor
 
         if is_tensor(x):
-            TORCH.check(x, name)
             return TORCH
     if not is_array(x):
         raise TypeError(
@@ -70,14 +79,12 @@ def adapter_of(x: Array, name: str) -> Any:
             f"not {_class_name(x)}"
         )
     cls: Any = type(x)
-    adapter = _BY_CLASS.get(cls)
-    if adapter is None:
-        adapter = _BY_CLASS[cls] = loaded(x)
-    adapter.check(x, name)
-    return adapter
+    if cls not in _BY_CLASS:
+        _BY_CLASS[cls] = loaded(x)
+    return _BY_CLASS[cls]
 
 
-def common_adapter(arrays: Sequence[tuple[str, Array]]) -> Any:
+def common_adapter(arrays: Iterable[tuple[str, Array]]) -> Any:
     """Return the adapter that all `arrays`, with their names, share; refuse two libraries."""
     (first, x), *rest = arrays
     xp = adapter_of(x, first)

@@ -246,12 +246,12 @@ def compute(
 
 def run(request: Request, progress: Any, algorithm: Any) -> dict[str, Array]:
     """Return the results of a request by name, and report the progress meanwhile."""
+    if progress is None or progress is False:
+        return request.apply(algorithm)
     bar = Progress(progress, request.spec.tasks)
-    if bar.done is not None and request.xp.traced((request.data, request.inputs)):
+    if request.xp.traced((request.data, request.inputs)):
         raise ValueError(
             "progress cannot be reported from a traced call (jit, vmap, grad), only an eager one"
         )
     with bar:
-        if bar.done is not None:
-            algorithm = replace(algorithm, done=bar.done)
-        return request.apply(algorithm)
+        return request.apply(replace(algorithm, done=bar.done))

@@ -48,10 +48,11 @@ def _attend_queries(rows: Rows, outputs: dict[str, Array]) -> dict[str, Array]:
     out, total, top = summary
     divisor = nonzero(xp, total)
     out /= divisor
-    lse = log_sum(xp, total, top, divisor)
-    results = {"out": out, "lse": lse, "exact": out}
+    results = {"out": out, "exact": out}
+    if "lse" in outputs:
+        results["lse"] = log_sum(xp, total, top, divisor)
     if "low" in outputs:
-        results["low"] = rounding(xp, summary, lse)
+        results["low"] = rounding(xp, summary, results["lse"])
     return rows.written(outputs, results)
 
 
@@ -68,9 +69,6 @@ def _attend_chunk(workspace: Array | None, tile: Tile, summary: Summary) -> Summ
 
 
 def _summarize(tile: Tile, workspace: Array | None, top: Array) -> Summary:
-    """Return the summary of one chunk of keys, with no maximum below `top`."""
-    weights, factor, total, top = tile.xp.weigh(scores(tile, workspace), top)
-    acc = gather(tile, weights, tile.value)
-    if factor is not None:
-        acc *= factor
-    return acc, total, top
+    """Return the summary of one chunk of keys, scaled as one whose maximum is not below `top`."""
+    weights, total, top = tile.xp.weigh(scores(tile, workspace), top)
+    return gather(tile, weights, tile.value), total, top

@@ -45,10 +45,8 @@ def operation(
 
     `reports` says whether progress is reported, which no kernel does.
     """
-    # A traced call may be differentiated, and then needs both.
-    tiles = Forward(RESULTS[: 1 + (return_lse or request.xp.traced(request.inputs))])
     if implementation not in ("auto", "native"):
-        return tiles, f"implementation={implementation!r}"
+        return _tiles(request, return_lse), f"implementation={implementation!r}"
     kernel, better, why = _kernel(request)
     if kernel is not None and reports:
         kernel, why = None, "no kernel reports progress"
@@ -58,9 +56,14 @@ def operation(
         if kernel is not None and request.chunks_given:
             better, why = False, "chunk sizes are given"
         if kernel is None or not better:
-            return tiles, why
+            return _tiles(request, return_lse), why
     causal, scale = _causal(request.spec, request.data), request.data["scale"]
     return Native(kernel, bool(causal), scale, return_lse), f"{kernel}: {why}"
+
+
+def _tiles(request: Request, return_lse: bool) -> Forward:
+    """Return the algorithm; a traced call may be differentiated, and then needs all results."""
+    return Forward(RESULTS[: 1 + (return_lse or request.xp.traced(request.inputs))])
 
 
 def _kernel(request: Request) -> tuple[Any, bool, str]:

@@ -31,6 +31,8 @@ def plain(xp: Any, spec: Spec, inputs: dict[str, Array], causal: bool, scale: fl
 
 def four(xp: Any, spec: Spec, x: Array) -> Array:
     """Return an array with the caller's axes as (b, h, n, width)."""
+    if spec.layout == "hnd" and len(spec.batch) == 1:
+        return x
     x = heads_first(xp, spec, x)
     return like(xp, x, (prod(spec.batch), *x.shape[-3:]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from ._spec import Spec
@@ -63,16 +64,21 @@ class Problem:
         self.query_offset = xp.cast(offset, xp.index_dtype) if hasattr(offset, "shape") else offset
         self.key_offset = xp.as_index(start) if hasattr(start, "shape") else start
         self.dropout_seed = arrays["dropout_seed"]
-        self.captured = {
+        self._given = arrays
+
+    @cached_property
+    def captured(self) -> dict[str, Array]:
+        """The arrays that score_mod captures, in their order."""
+        return {
             name: x
-            for name, x in sorted(arrays.items(), key=lambda item: (len(item[0]), item[0]))
+            for name, x in sorted(self._given.items(), key=lambda item: (len(item[0]), item[0]))
             if name.startswith("captured") and not name.endswith(TANGENT)
         }
-        self._given = arrays
 
     def aligned(self, x: Array) -> Array:
         """Return `x` with leading axes of length 1, up to the axes of the scores."""
-        return x[(None,) * (self.ndim - x.ndim) + (...,)]
+        lacking = self.ndim - x.ndim
+        return x[(None,) * lacking + (...,)] if lacking else x
 
     def tokens(self, x: Array) -> Array:
         """Return an array of the caller's axes as (…, h, n, width)."""

@@ -11,9 +11,9 @@ from typing import Any
 class Progress:
     """Counts finished tasks and reports them; a context, so that a bar is closed in any case.
 
-    `done` is what the algorithm calls after each task, from any thread, or None where nobody
-    listens.  An exception of the caller's function stops the call and leaves the context as the
-    same object, also where a library wraps it on the way (JAX).
+    `done` is what the algorithm calls after each task, from any thread.  An exception of the
+    caller's function stops the call and leaves the context as the same object, also where a library
+    wraps it on the way (JAX).
     """
 
     def __init__(self, progress: Any, total: int) -> None:
@@ -22,26 +22,20 @@ class Progress:
         self._error: BaseException | None = None
         self._bar: Any = None
         self._new_bar: Any = None
-        self._report: Callable[[int, int], Any] | None = None
+        self._report: Callable[[int, int], Any] = progress
         if progress is True:
             self._new_bar = _tqdm()
             self._report = lambda done, total: self._bar.update()
-        elif callable(progress):
-            self._report = progress
-        elif progress is not None and progress is not False:
+        elif not callable(progress):
             raise TypeError(
                 f"progress must be None, True or a callable (done, total); got {progress!r}"
             )
 
-    @property
-    def done(self) -> Callable[[], None] | None:
-        """What to call after each task."""
-        return None if self._report is None else self._done
-
-    def _done(self) -> None:
+    def done(self) -> None:
+        """Count a task, and report it."""
         with self._lock:
             self._count += 1
-            if self._report is None or self._error is not None:
+            if self._error is not None:
                 return
             try:
                 self._report(self._count, self._total)

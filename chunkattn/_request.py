@@ -50,7 +50,7 @@ class Request:
         return found
 
 
-_PLAIN = (type(None), bool, int, float, str)
+_PLAIN = frozenset({type(None), bool, int, float, str})
 _KEPT: dict[Any, Request] = {}  # by what they are made of, without their arrays
 _MOST = 256
 
@@ -61,27 +61,24 @@ def make_request(query: Array, key: Array, value: Array, **given: Any) -> Reques
     A call without further arrays, masks or functions is checked once for its shapes and keywords:
     small calls would take longer to check than to compute.
     """
-    if any(type(x) not in _PLAIN for x in given.values()):
+    types = tuple(map(type, given.values()))
+    if not _PLAIN.issuperset(types):
         return _checked(query, key, value, **given)
     tokens = {"query": query, "key": key, "value": value}
-    xp = common_adapter(tuple(tokens.items()))
+    xp = common_adapter(tokens.items())
     device = xp.device(query)
     if device is None:  # it may be any
         return _checked(query, key, value, **given)
     inputs = xp.promoted(tokens)
-    made_of = (
-        xp,
-        device,
-        tuple((tuple(x.shape), x.dtype) for x in inputs.values()),
-        tuple((type(x), x) for x in given.values()),
-    )
-    request = _KEPT.get(made_of)
-    if request is None:
-        request = _checked(query, key, value, **given)
+    sizes = [part for x in inputs.values() for part in (tuple(x.shape), x.dtype)]
+    made_of = (xp, device, *sizes, types, *given.items())  # 1 == True, but for their types
+    kept = _KEPT.get(made_of)
+    if kept is None:
+        kept = replace(_checked(query, key, value, **given), inputs={})
         if len(_KEPT) >= _MOST:
             _KEPT.clear()
-        _KEPT[made_of] = replace(request, inputs={})
-    return replace(request, inputs=inputs)
+        _KEPT[made_of] = kept
+    return Request(xp, kept.spec, kept.data, inputs, kept.chunks_given)
 
 
 def _checked(

@@ -33,6 +33,8 @@ class Rows:
         The position of key 0, and the number of keys.
     repeated : int
         How many of the queries an earlier chunk has had already.
+    whole : bool
+        Whether the block has all batch entries and heads.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class Rows:
         self.problem, self.block, self.start, self.size = problem, block, start, size
         self.repeated = repeated
         self.xp, spec = problem.xp, problem.spec
-        *batch, keys = block
-        if spec.group > 1 and keys.start is not None:
+        self.whole = block[-1] == slice(None)
+        if self.whole:
+            self.heads, self.lead = block, (*spec.batch, spec.heads, size)
+        else:
+            *batch, keys = block
             keys = slice(keys.start * spec.group, keys.stop * spec.group)
-        self.heads = (*batch, keys)
-        whole = (*spec.batch, spec.heads)
-        self.lead = (*(len(range(n)[c]) for n, c in zip(whole, self.heads, strict=True)), size)
+            self.heads = (*batch, keys)
+            self.lead = (*(c.stop - c.start for c in self.heads), size)
         self.offset, self.key_offset, self.n_k = problem.query_offset, problem.key_offset, spec.n_k
         if hasattr(self.offset, "shape"):
             self.offset = self.of_batch(self.offset)[..., None, None, None]
@@ -104,7 +108,7 @@ class Rows:
 
     def of_block(self, x: Array, block: tuple[slice, ...]) -> Array:
         """Return this block's part of `x`; axes of length 1 broadcast and stay."""
-        if all(cut == slice(None) for cut in block):
+        if self.whole:
             return x
         return x[(*self.cuts(x, block), ...)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 
 import libraries
 import numpy as np
@@ -100,3 +101,12 @@ def test_error_in_many_small_chunks(lib):
     factor = 2 * (300 / 16) ** 0.5
     for dtype in lib.dtypes:
         check(errors(lib, dtype, [(16, 4096)], key_chunk_size=16), dtype, factor)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_both_exponentials_of_numpy(monkeypatch, fast):
+    """Which of them NumPy has vector instructions for depends on the machine."""
+    adapter = import_module("chunkattn.backends.numpy")
+    monkeypatch.setattr(adapter, "_exp2_is_fast", lambda: fast)
+    for dtype in ("float32", "float64"):
+        check(errors(libraries.library("numpy"), dtype), dtype)

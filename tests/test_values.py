@@ -126,6 +126,19 @@ def test_infinite_scores(lib, rng, implementation):
     assert np.isfinite(out[..., 1:, :]).all()
 
 
+@pytest.mark.parametrize("cols", [1, 2, None])
+@pytest.mark.parametrize(
+    "along", [(0, 9, 11, 90), (90, 11, 9, 0), (-90, -11, 0, -9), (-30, -40), (9.9, 10.1), (11, -11)]
+)
+def test_scores_that_change_their_size(check, along, cols):
+    """What the exponentials are taken relative to may stay at 0 for some chunks, and then move."""
+    key = np.asarray(along, dtype=float)[None, None, :, None]
+    value = np.arange(len(along), dtype=float)[None, None, :, None]
+    query = np.asarray([1.0, -1.0, 0.0])[None, None, :, None]
+    check(query, key, value, scale=1.0, key_chunk_size=cols)
+    check(query[:, :, :1], key, value, scale=1.0, key_chunk_size=cols)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e4, 1e15])
 def test_scores_of_any_size(check, rng, implementation, size):
     """Neither a sum that overflows nor a weight that underflows makes NaN, nor a warning."""
