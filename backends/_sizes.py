@@ -34,6 +34,8 @@ class Footprint(NamedTuple):
         Arrays of the shape of `lse`, and of `out` where that is rounded, from forward to backward.
     buffers : int
         Numbers for each task: the library's own buffers.
+    positions : int
+        64-bit integers for each task: buffers while positions are compared.
     objects : int
         Bytes of a call: the objects of Python, where they count.
     packed : int
@@ -46,6 +48,7 @@ class Footprint(NamedTuple):
     saved: int = 3
     exact: int = 1
     buffers: int = 8_192
+    positions: int = 16_384
     objects: int = 131_072
     packed: int = 0
 

@@ -18,7 +18,7 @@ class Adapter(InPlace):
     library = cp
     name = "cupy"
 
-    footprint = Footprint(weights=0, hashes=3, buffers=0, objects=0)
+    footprint = Footprint(weights=0, hashes=3, buffers=0, positions=0, objects=0)
     _exp_difference = cp.ElementwiseKernel("T x, T y", "T z", "z = exp(x - y)", "exp_difference")
 
     @property

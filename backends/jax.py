@@ -211,8 +211,8 @@ class Adapter(generic.Adapter):
     def footprint(self) -> Footprint:  # type: ignore[override]
         """What XLA's kernels take on a CPU: Eigen packs the operands of products."""
         if jax.default_backend() != "cpu":
-            return Footprint(buffers=0, objects=0)
-        return Footprint(packed=512, buffers=131_072, objects=0)
+            return Footprint(buffers=0, positions=0, objects=0)
+        return Footprint(packed=512, buffers=131_072, positions=0, objects=0)
 
     def compiled_bytes(self, function: Any, operation: Any, spec: Any, *arrays: Any) -> int | None:
         """Ask XLA, which plans all memory as it compiles."""

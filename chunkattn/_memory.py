@@ -89,10 +89,11 @@ def _with_gradients(
     return found["out"], gradients
 
 
-def terms(request: Request, algorithm: Any, *, training: bool) -> list[Term]:
+def terms(request: Request, algorithm: Any, *, training: bool, to_come: int = 0) -> list[Term]:
     """Return what a call holds at its fullest moment beyond inputs and outputs.
 
-    With `training` its gradients follow.
+    With `training` its gradients follow.  If they count as outputs of the whole, `to_come` are the
+    bytes of these, which the forward pass does not hold yet.
     """
     compiled = _compiled(request, algorithm, training)
     counted = _counted(request)
@@ -107,7 +108,8 @@ def terms(request: Request, algorithm: Any, *, training: bool) -> list[Term]:
         return _of_kernel(request, algorithm, counted, training)
     passes = [counted.standard() if request.spec.standard else counted.forward()]
     if training:
-        passes[0] += counted.saved()
+        told = "- their bytes, which the outputs count"
+        passes[0] += [*counted.saved(), Term("gradients to come", told, -to_come)]
         counted = replace(counted, threads=request.xp.at_once(request.spec.blocks))
         passes.append([*counted.backward(tuple(request.inputs)), *counted.saved()])
     return [term for term in max(passes, key=total) if term.bytes]

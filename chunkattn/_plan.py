@@ -134,12 +134,14 @@ def _of_request(
     inputs = {name: (tuple(x.shape), x.dtype) for name, x in request.inputs.items()}
     shapes = algorithm.shapes(spec, request.data, request.inputs)
     outputs = {name: shapes[name] for name in ("out", *(["lse"] if return_lse else []))}
+    gradients = {f"gradient of {name}": x for name, x in inputs.items()} if training else {}
     if training:
-        inputs = inputs | {"gradient of out": shapes["out"]}
-        outputs |= {f"gradient of {name}": inputs[name] for name in request.inputs}
+        inputs["gradient of out"] = shapes["out"]
     kind = algorithm.kind(spec)
     tiled = kind == "chunked"
     tasks = spec.tasks if tiled else 1
+    to_come = total(arrays(gradients))
+    found = terms(request, algorithm, training=training, to_come=to_come)
     return Plan(
         library=xp.name,
         implementation=kind,
@@ -149,8 +151,8 @@ def _of_request(
         tasks=tasks,
         threads=xp.at_once(tasks),
         inputs=arrays(inputs),
-        outputs=arrays(outputs),
-        terms=tuple(one for one in terms(request, algorithm, training=training) if one.bytes),
+        outputs=arrays(outputs | gradients),
+        terms=tuple(one for one in found if one.bytes),
         d_v=spec.d_v,
         heads=prod(spec.batch) * spec.heads,
         number=number_bytes(xp, spec.compute),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
+from ._cached import cached_property
 from ._spec import Spec
 
 Array = Any

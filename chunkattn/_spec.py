@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property
 from itertools import product
 from math import prod
 from typing import Any
 
+from ._cached import cached_property
 from ._callables import Lifted
 from ._shapes import Shapes
 from .masks import Mask, Predicate

@@ -217,10 +217,14 @@ class Counted:
             elif mask.aligned and self.by_batch:
                 letters = "b" + letters.replace("b", "")
             sizes = [axes[letter] for letter in letters]
-            made = mask.tile_arrays
-            arrays = max(made, min(made, 1) + self.footprint.inverses)
+            made, own = mask.tile_arrays, self.footprint
             name = f"mask: {type(mask).__name__.removeprefix('Lifted')}"
-            yield [self.term(name, arrays, "threads", *sizes, number=1)]
+            yield [
+                self.term(name, made, "threads", *sizes, number=1),
+                self.term("buffers of positions", min(made, 1), "threads", own.positions, number=8),
+            ]
+            told = min(made, 1) + own.inverses
+            yield [self.term(name, told, "threads", *sizes, number=1)]
             if mask.key_arrays:
                 told = f"{name}, the range of keys"
                 yield [self.term(told, mask.key_arrays, "threads", "batch", "n_k", number=1)]

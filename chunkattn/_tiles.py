@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import reduce
 from math import prod
 from typing import Any
 
+from ._cached import cached_property
 from ._dropout import kept
 from ._mask import Range
 from ._partial import Summary, empty, of_sinks

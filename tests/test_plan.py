@@ -49,13 +49,13 @@ def memory_threads(count):
 
 
 @MODES
-@pytest.mark.parametrize("case", ["8 heads", "causal"])
+@pytest.mark.parametrize("case", grid("numpy"))
 def test_prediction_on_two_threads(case, training):
-    """A bound: the fullest moments of the two need not meet."""
     found = plans.Case(libraries.library("numpy"), case, training)
     measured = found.measured(threads=2)
     with memory_threads(2):
-        assert measured <= found.plan().peak_bytes
+        predicted = found.plan().peak_bytes
+    assert measured <= predicted <= 1.25 * measured
 
 
 @MODES

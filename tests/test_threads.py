@@ -13,6 +13,7 @@ import pytest
 import threadpoolctl
 
 from chunkattn import attention
+from chunkattn._cached import cached_property
 
 
 def blas_threads():
@@ -121,6 +122,21 @@ def test_interrupted(library):
     code = INTERRUPTED.format(library=library)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_threads_do_not_wait_for_each_others_properties():
+    """What tiles compute once (positions, the hash of dropout), they compute side by side."""
+    together = threading.Barrier(2, timeout=30)
+
+    class Part:
+        @cached_property
+        def number(self):
+            return together.wait()
+
+    parts = Part(), Part()
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(lambda part: part.number, parts)) == [0, 1]
+    assert [part.number for part in parts] == [part.__dict__["number"] for part in parts]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
