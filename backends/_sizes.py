@@ -39,7 +39,7 @@ class Footprint(NamedTuple):
     objects : int
         Bytes of a call: the objects of Python, where they count.
     packed : int
-        Keys of a tile that matrix products copy, where a compiler's plan leaves that out.
+        Arrays of a tile's keys that products copy, where a compiler's plan leaves that out.
     """
 
     weights: int = 3

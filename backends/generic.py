@@ -73,6 +73,8 @@ class Adapter:
 
     #: True where batch entries and heads may be split over several tasks
     splits_batch = True
+    #: True where products take longer with batch axes of length 1 than without them
+    squeezes = False
     #: True where the library differentiates functions
     autodiff = False
 

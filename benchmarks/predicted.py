@@ -4,16 +4,18 @@
 
 Predicted is `Plan.peak_bytes`; measured is the most that a call holds at a time beyond inputs and
 outputs: by tracemalloc for NumPy, in one thread and in two; by the record of the allocator for
-PyTorch; for JAX the larger of XLA's memory analysis and of the rise of the resident set of a
-process of its own.
+PyTorch; for JAX the larger of XLA's memory analysis, which leaves out what its kernels take, and
+of what glibc's malloc has given out.  Where several threads compute, their fullest moments meet by
+chance: it is the most of ten calls on NumPy, and on JAX, where malloc is looked at as often as can
+be until the results are there, that of the fullest but one of thirty.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from machine import about, write
@@ -26,20 +28,6 @@ import plans
 THREADS = {"numpy": (1, 2), "torch": (1, 2), "jax": (2,)}
 
 
-def resident(name, training):
-    """Return by how much the resident set rises in a call on JAX, in a process of its own."""
-    command = [sys.executable, __file__, "--resident", name, *(["--training"] if training else [])]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(done.stdout)
-
-
-def print_resident(name, training):
-    """Measure in this process."""
-    lib = libraries.library("jax")
-    short = plans.Case(lib, name, training, n=600)
-    print(plans.Case(lib, name, training).resident(short))
-
-
 def rows(lib, threads) -> Iterator[tuple[str, str, int, int]]:
     """Yield for each call its name, what it does, and the bytes predicted and measured."""
     limits = {"numpy": memory._blas_threads, "torch": memory._torch_threads}
@@ -47,12 +35,8 @@ def rows(lib, threads) -> Iterator[tuple[str, str, int, int]]:
         for training in (False, True):
             case = plans.Case(lib, name, training)
             measured = case.measured(threads=threads)
-            if lib.name == "jax":
+            with limits.get(lib.name, nullcontext)(threads):
                 predicted = case.plan().peak_bytes
-                measured = max(measured, resident(name, training))
-            else:
-                with limits[lib.name](threads):
-                    predicted = case.plan().peak_bytes
             yield name, "forward and gradients" if training else "forward", predicted, measured
 
 
@@ -79,11 +63,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--libraries", default="numpy,torch,jax", help="(default: all three)")
     parser.add_argument("--out", type=Path, help="write the report here")
-    parser.add_argument("--resident", metavar="CALL", help=argparse.SUPPRESS)
-    parser.add_argument("--training", action="store_true", default=None, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.resident:
-        return print_resident(given.resident, bool(given.training))
     return write(report(given), given.out)
 
 

@@ -28,6 +28,7 @@ from ._chunked import chunked
 from ._derivatives import backward, second, tangent
 from ._problem import TANGENT
 from ._spec import Spec
+from ._squeezed import squeezing
 from ._standard import standard
 
 Array = Any
@@ -125,6 +126,7 @@ class Forward:
         found |= {"low": (lse, spec.compute), "exact": (out, spec.compute)}
         return {name: found[name] for name in self.outputs}
 
+    @squeezing
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
         algorithm = standard if spec.standard else chunked
@@ -168,6 +170,7 @@ class Tangent(Operation):
         """As those of `Forward`."""
         return Forward().shapes(spec, data, inputs)
 
+    @squeezing
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
         return dict(zip(RESULTS, tangent(xp, spec, data | inputs), strict=True))
@@ -208,6 +211,7 @@ class Backward(Operation):
         """As those of `Forward`."""
         return {name: (tuple(inputs[name].shape), inputs[name].dtype) for name in self.wanted}
 
+    @squeezing
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
         found = backward(xp, spec, data | inputs, self.wanted)
@@ -263,6 +267,7 @@ class Second(Operation):
         """As those of `Forward`."""
         return {name: (tuple(inputs[name].shape), inputs[name].dtype) for name in self.wanted}
 
+    @squeezing
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
         found = second(xp, spec, data | inputs, self.wanted)

@@ -102,7 +102,7 @@ def terms(request: Request, algorithm: Any, *, training: bool, to_come: int = 0)
         return [
             Term(scores.name, scores.formula, min(scores.bytes, compiled)),
             Term("other temporaries", "XLA's memory analysis", max(0, compiled - scores.bytes)),
-            *counted.packing(),
+            *counted.packing(training),
         ]
     if isinstance(algorithm, Native):
         return _of_kernel(request, algorithm, counted, training)

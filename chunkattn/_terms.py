@@ -199,12 +199,26 @@ class Counted:
             ),
         ]
 
-    def packing(self) -> list[Term]:
-        """Return what a compiled program's products take that its own plan does not count."""
-        packed = min(self.footprint.packed, self.spec.schedule.key_chunk)
+    def packing(self, training: bool) -> list[Term]:
+        """Return what a compiled program's products take that its own plan does not count.
+
+        It was found by following the allocations of XLA's kernels for CPUs: keys or values packed
+        for a product; for many heads the transposed weights, packed with some padding; and objects
+        of its threads, a block of the product before among them, fewer for small tiles.
+        """
+        own, sizes = self.footprint, self.spec.schedule
+        scores = prod(sizes.block) * self.spec.group * sizes.query_chunk * sizes.key_chunk
+        width = "d" if self.d >= self.spec.d_v else "d_v"
+        transposed = int(training and own.packed and prod(sizes.block) > 1)
         return [
-            self.term("packed for products", "heads", "query_chunk", packed),
-            self.term("buffers", self.footprint.buffers),
+            self.term("packed for products", own.packed, "key_heads", "key_chunk", width),
+            self.term(
+                "transposed for products",
+                transposed,
+                *("heads", "query_chunk", "key_chunk"),
+                number=4 * self.number // 3,
+            ),
+            self.term("objects of threads", min(own.buffers, 3 * scores // 2), number=4),
         ]
 
     def _functions(self) -> Iterable[list[Term]]:

@@ -138,6 +138,37 @@ def _of_jax(function, args, kwargs):
     return compiled.lower(args, arrays).compile().memory_analysis().temp_size_in_bytes
 
 
+def of_malloc(call):
+    """Return by how much what glibc's malloc has given out rises in a call of JAX, and its results.
+
+    It is read as often as can be until the results are there, and a short peak may be missed.
+    """
+    info = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if info is None:
+        pytest.skip("needs mallinfo2 of glibc 2.33 or later")
+    info.restype = _MallocInfo
+
+    def held():
+        found = info()
+        return found.uordblks + found.hblkhd
+
+    before = peak = held()
+    results = call()
+    while not all(x.is_ready() for x in results):
+        peak = max(peak, held())
+    return peak - before, results
+
+
+class _MallocInfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
 # Derivatives
 
 

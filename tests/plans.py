@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from functools import cached_property
+from time import sleep
 
 import memory
 import numpy as np
@@ -31,13 +33,13 @@ KEYWORDS = {
     "causal": lambda case: {"causal": True},
     "window": lambda case: {"mask": masks.Window(300, 0)},
     "lengths": lambda case: {
-        "mask": masks.Lengths(key=case.lib.asarray(np.asarray(case.n * 3 // 4 - 40)))
+        "mask": masks.Lengths(key=case.array(np.asarray(case.n * 3 // 4 - 40)))
     },
-    "segments": lambda case: {"mask": masks.Segments(case.lib.asarray(np.arange(case.n) // 700))},
-    "mask array": lambda case: {"mask": case.lib.asarray(case.random(case.n, case.n) < 0.5)},
-    "bias": lambda case: {"bias": case.lib.asarray(case.random(case.n, case.n))},
+    "segments": lambda case: {"mask": masks.Segments(case.array(np.arange(case.n) // 700))},
+    "mask array": lambda case: {"mask": case.array(case.random(case.n, case.n) < 0.5)},
+    "bias": lambda case: {"bias": case.array(case.random(case.n, case.n))},
     "softcap": lambda case: {"softcap": 20.0},
-    "sinks": lambda case: {"sinks": case.lib.asarray(np.ones(case.h, np.float32))},
+    "sinks": lambda case: {"sinks": case.array(np.ones(case.h, np.float32))},
     "dropout": lambda case: {"dropout": 0.1, "dropout_seed": 1},
     "causal, softcap, bias": lambda case: KEYWORDS["bias"](case) | {"causal": True, "softcap": 2.0},
 }
@@ -64,8 +66,17 @@ class Case:
         shapes = [(self.h, chosen["d"]), (h_k, chosen["d"]), (h_k, chosen["d_v"])]
         self.tokens = [lib.asarray(self.random(h, self.n, d), dtype) for h, d in shapes]
         self.d_out = lib.asarray(self.random(self.h, self.n, chosen["d_v"]), dtype)
-        self.keywords = {"implementation": chosen["implementation"], **chosen["tiles"]}
-        self.keywords |= KEYWORDS[name](self) if name in KEYWORDS else {}
+        self.fixed = {"implementation": chosen["implementation"], **chosen["tiles"]}
+        self.made = KEYWORDS.get(name, lambda case: {})
+        self.extras, self.replay = [], None
+        self.keywords = self.fixed | self.made(self)
+
+    def array(self, x):
+        """Return `x` as an array of a keyword, which a compiled call takes as an argument."""
+        if self.replay is not None:
+            return next(self.replay)
+        self.extras.append(self.lib.asarray(x))
+        return self.extras[-1]
 
     def random(self, *shape):
         return self.rng.standard_normal(shape, dtype=np.float32)
@@ -74,47 +85,72 @@ class Case:
         return plan(*self.tokens, training=self.training, **self.keywords)
 
     def call(self, *arrays):
-        """Return the results of a call of query, key, value and the gradient of `out`."""
-        *tokens, d_out = arrays
+        """Return the results of a call of query, key, value, the gradient of `out`, and extras."""
+        (*tokens, d_out), extras = arrays[:4], arrays[4:]
+        keywords = self.keywords
+        if extras:
+            self.replay = iter(extras)
+            keywords = self.fixed | self.made(self)
         if not self.training:
-            return (attention(*tokens, **self.keywords),)
+            return (attention(*tokens, **keywords),)
         if self.lib.name.startswith("torch"):
             import torch
 
             tokens = [x.detach().requires_grad_() for x in tokens]
-            out = attention(*tokens, **self.keywords)
+            out = attention(*tokens, **keywords)
             return (out, *torch.autograd.grad(out, tokens, d_out))
         if self.lib.name.startswith("jax"):
             import jax
 
-            out, vjp = jax.vjp(lambda *tokens: attention(*tokens, **self.keywords), *tokens)
+            out, vjp = jax.vjp(lambda *tokens: attention(*tokens, **keywords), *tokens)
             return (out, *vjp(d_out))
-        out, vjp = attention_vjp(*tokens, **self.keywords)
+        out, vjp = attention_vjp(*tokens, **keywords)
         gradients = vjp(d_out)
         return (out, *gradients.values())
 
     def measured(self, threads=1):
         """Return the most that the call holds at a time beyond inputs and outputs.
 
-        With several threads of NumPy, of ten calls: their fullest moments meet by chance.
+        It is that of many calls where several threads compute: their fullest moments meet by
+        chance.
         """
-        calls = 10 if self.lib.name == "numpy" and threads > 1 else 1
+        if self.lib.name.startswith("jax"):
+            return max(self.planned(), self.allocated())
         arrays = (*self.tokens, self.d_out)
         return max(
-            memory.extra_bytes(self.lib, self.call, *arrays, threads=threads) for _ in range(calls)
+            memory.extra_bytes(self.lib, self.call, *arrays, threads=threads)
+            for _ in range(10 if self.lib.name == "numpy" and threads > 1 else 1)
         )
 
-    def resident(self, short):
-        """Return by how much this process's resident set rises, on JAX; `short` is called first."""
+    @cached_property
+    def compiled(self):
+        """The call as compiled by JAX."""
         import jax
 
-        from chunkattn.cli._memory import start
+        return jax.jit(self.call).lower(*self.arrays).compile()
 
-        arrays = (*self.tokens, self.d_out)
-        compiled = jax.jit(self.call).lower(*arrays).compile()
-        jax.block_until_ready(jax.jit(short.call)(*short.tokens, short.d_out))
+    @property
+    def arrays(self):
+        return (*self.tokens, self.d_out, *self.extras)
+
+    def planned(self):
+        """Return XLA's own analysis."""
+        return self.compiled.memory_analysis().temp_size_in_bytes
+
+    def allocated(self):
+        """Return what a call allocates: by XLA's plan, and beside it by its kernels.
+
+        Of thirty calls the fullest but one, since a reading may be torn.  A limited forward pass is
+        called eagerly: under `jit` the limit counts gradients, too.
+        """
+        eager = "memory_limit" in self.keywords and not self.training
+        function, arrays = (self.call, self.arrays[:4]) if eager else (self.compiled, self.arrays)
+        memory.of_malloc(lambda: function(*arrays))
         gc.collect()
-        memory._give_back()
-        meter = start(arrays[0])
-        results = jax.block_until_ready(compiled(*arrays))
-        return meter.rise() - memory.nbytes(results)
+        found = []
+        for _ in range(30):
+            sleep(0.01)  # until the call before has given back all
+            peak, results = memory.of_malloc(lambda: function(*arrays))
+            found.append(peak - memory.nbytes(results))
+            del results
+        return sorted(found)[-2]

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import libraries
 import numpy as np
 import plans
@@ -22,9 +17,9 @@ MODES = pytest.mark.parametrize("training", [False, True], ids=["forward", "trai
 QUICK = {"one head", "8 heads, 2 of keys", "defaults", "auto, 8 heads", "float16", "causal", "bias"}
 
 
-def grid(name):
+def grid(name, quick=QUICK):
     return [
-        case if case in QUICK else pytest.param(case, marks=pytest.mark.slow)
+        case if case in quick else pytest.param(case, marks=pytest.mark.slow)
         for case in plans.cases(libraries.library(name))
     ]
 
@@ -75,41 +70,16 @@ def test_prediction_on_torch(case, training):
 
 
 @MODES
-@pytest.mark.parametrize("case", ["causal", "within 1.5 MB"])
+@pytest.mark.parametrize("case", grid("jax", {"causal", "within 1.5 MB", "8 heads"}))
 def test_prediction_on_jax(case, training):
-    """What XLA's memory analysis says is in the plan, and beside it what that leaves out."""
+    """By XLA's memory analysis, or malloc where that is more: its kernels take what it omits."""
     found = plans.Case(libraries.library("jax"), case, training)
-    told = {term.name: term.bytes for term in found.plan().terms}
-    beside = {"packed for products", "buffers"}
-    ahead = sum(size for name, size in told.items() if name not in beside)
-    assert 0 <= ahead - found.measured() <= 1024  # the results that the caller drops
-    assert set(told) == {"scores", "other temporaries", *beside}
-
-
-RESIDENT = """
-import libraries, plans
-lib = libraries.library("jax")
-found = plans.Case(lib, {case!r}, {training})
-print(found.plan().peak_bytes, found.resident(plans.Case(lib, {case!r}, {training}, n=600)))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the resident set's peak is Linux's to tell")
-@MODES
-@pytest.mark.parametrize("case", ["one head", "8 heads", "defaults", "causal"])
-def test_resident_set_of_jax(case, training):
-    """XLA's plan leaves out what its kernels take: the larger of both counts."""
-    code = RESIDENT.format(case=case, training=training)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-    )
-    predicted, resident = map(int, done.stdout.split())
-    assert resident <= 1.1 * predicted  # the resident set differs from run to run
+    planned = found.plan()
+    assert found.measured() <= planned.peak_bytes <= 1.25 * found.measured()
+    if training or "memory_limit" not in found.keywords:  # under jit that counts gradients
+        told = {term.name: term.bytes for term in planned.terms}
+        ahead = told["scores"] + told["other temporaries"]
+        assert 0 <= ahead - found.planned() <= 1024  # the results that the caller drops
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])
