@@ -213,7 +213,7 @@ class Adapter(generic.Adapter):
         """What XLA's kernels take on a CPU: Eigen packs the operands of products."""
         if jax.default_backend() != "cpu":
             return Footprint(buffers=0, positions=0, objects=0)
-        return Footprint(packed=1, buffers=98_304, positions=0, objects=0)
+        return Footprint(packed=2, buffers=73_728, positions=0, objects=0)
 
     def compiled_bytes(self, function: Any, operation: Any, spec: Any, *arrays: Any) -> int | None:
         """Ask XLA, which plans all memory as it compiles."""

@@ -203,8 +203,8 @@ class Counted:
         """Return what a compiled program's products take that its own plan does not count.
 
         It was found by following the allocations of XLA's kernels for CPUs: keys or values packed
-        for a product; for many heads the transposed weights, packed with some padding; and objects
-        of its threads, a block of the product before among them, fewer for small tiles.
+        for a product, those of the one before not yet freed; for many heads the transposed
+        weights, packed with some padding; and small objects of threads, fewer for small tiles.
         """
         own, sizes = self.footprint, self.spec.schedule
         scores = prod(sizes.block) * self.spec.group * sizes.query_chunk * sizes.key_chunk
@@ -218,7 +218,7 @@ class Counted:
                 *("heads", "query_chunk", "key_chunk"),
                 number=4 * self.number // 3,
             ),
-            self.term("objects of threads", min(own.buffers, 3 * scores // 2), number=4),
+            self.term("objects of threads", min(own.buffers, scores), number=4),
         ]
 
     def _functions(self) -> Iterable[list[Term]]:
