@@ -97,7 +97,8 @@ class Adapter(InPlace):
         else:
             top = np.maximum(top, s.max(axis=-1, keepdims=True))
             top[np.abs(top) <= SMALL] = 0
-            s -= top
+            if top.any():
+                s -= top
         weights = _exp(s)
         return weights, _sums(weights), top
 
