@@ -1,0 +1,129 @@
+"""Where the time of a forward pass goes: the steps of one tile, beside the machine's products.
+
+    python benchmarks/floors.py [--libraries numpy,torch] [--dim 64,128] [--rounds 15] [--out FILE]
+
+In float32, nanoseconds for each score, of one core: NumPy's steps run on one thread, as each of its
+tasks does; PyTorch's on all, which share a tile, and the figure is the time by the number of cores.
+"product" is a large product of matrices with as many operations as the two of a tile: no attention
+that computes both can take less.  "call" is a whole call of attention, 8 heads of 4,096 tokens, by
+all its scores.  Medians of rounds, in which each step comes once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import threadpoolctl
+from machine import about, write
+
+from chunkattn import attention
+from chunkattn._adapters import adapter_of
+
+HEADS, LENGTH, LARGE = 8, 4096, 1024
+
+
+class Steps:
+    """One tile of the default size, and its steps."""
+
+    def __init__(self, library, d):
+        self.module, self.d = import_module(library), d
+        self.rng = np.random.default_rng(0)
+        self.xp = adapter_of(self.array(1), "array")
+        rows, cols, *_ = self.xp.tile_sizes(self.array(1))
+        self.query = self.array(1, rows, d) * d**-0.5
+        self.key, self.value = self.array(1, LENGTH, d), self.array(1, LENGTH, d)
+        self.key, self.value = self.key[:, :cols], self.value[:, :cols]
+        self.workspace = self.xp.workspace(self.query, rows * cols, self.query.dtype)
+        self.start = self.products() + 0
+        self.top = self.xp.max(self.start, axis=-1, keepdims=True) * 0
+        self.scores = rows * cols
+        self.large = self.array(LARGE, LARGE)
+
+    def array(self, *shape):
+        """Return normal numbers in float32."""
+        return self.module.asarray(self.rng.standard_normal(shape, dtype=np.float32))
+
+    def products(self):
+        """Multiply queries and keys."""
+        return self.xp.matmul(self.query, self.xp.matrix_transpose(self.key), self.workspace)
+
+    def timed(self):
+        """Return seconds of each step, for each score."""
+        begin = perf_counter()
+        s = self.products()
+        after_products = perf_counter()
+        weights, _, _ = self.xp.weigh(s, self.top)
+        after_weights = perf_counter()
+        self.xp.matmul(weights, self.value)
+        end = perf_counter()
+        large = self.large @ self.large
+        after_large = perf_counter()
+        assert large.shape == (LARGE, LARGE)
+        by_operation = (after_large - end) / (2 * LARGE**3)
+        return {
+            "queries × keys": (after_products - begin) / self.scores,
+            "weights and their sum": (after_weights - after_products) / self.scores,
+            "weights × values": (end - after_weights) / self.scores,
+            "all steps": (end - begin) / self.scores,
+            "product": by_operation * 4 * self.d,
+        }
+
+    def called(self):
+        """Return seconds of a call, for each score."""
+        tokens = [self.array(1, HEADS, LENGTH, self.d) for _ in range(3)]
+        attention(*tokens, implementation="chunked")
+        begin = perf_counter()
+        attention(*tokens, implementation="chunked")
+        return (perf_counter() - begin) / (HEADS * LENGTH**2)
+
+
+def cores():
+    """Return how many threads NumPy's BLAS takes."""
+    counts = [x["num_threads"] for x in threadpoolctl.threadpool_info() if x["user_api"] == "blas"]
+    return max(counts, default=1)
+
+
+def report(given):
+    """Yield the lines of the report."""
+    yield f"# Where the time goes\n\n{about('python benchmarks/floors.py', given)}\n"
+    yield f"{__doc__.partition('FILE]')[2].strip()}\n"
+    for library in given.libraries.split(","):
+        import_module(library)
+        number = cores()
+        one = library == "numpy"
+        for d in map(int, given.dim.split(",")):
+            steps = Steps(library, d)
+            rounds, calls = [], []
+            for _ in range(given.rounds):
+                with threadpoolctl.threadpool_limits(1, user_api="blas") if one else nullcontext():
+                    rounds.append([steps.timed() for _ in range(8)][-1])
+                calls.append(steps.called())
+            share = 1 if one else number
+            found = {name: median(x[name] for x in rounds) * share for name in rounds[0]}
+            found["call"] = median(calls) * number
+            yield f"\n## {library}, d = {d}, {number} cores\n"
+            yield "| step | ns | by the product |\n|:--|--:|--:|"
+            for name, seconds in found.items():
+                yield f"| {name} | {seconds * 1e9:.3f} | {seconds / found['product']:.2f} |"
+
+
+def main():
+    """Run."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--libraries", default="numpy,torch", help="(default: both)")
+    parser.add_argument("--dim", default="64,128", help="(default: 64,128)")
+    parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")
+    parser.add_argument("--out", type=Path, help="write the report here")
+    given = parser.parse_args()
+    return write(report(given), given.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
