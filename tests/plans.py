@@ -108,14 +108,22 @@ class Case:
         gradients = vjp(d_out)
         return (out, *gradients.values())
 
-    def measured(self, threads=1):
+    def measured(self, threads=1, enough=0, torn=1):
         """Return the most that the call holds at a time beyond inputs and outputs.
 
         It is that of many calls where several threads compute: their fullest moments meet by
-        chance.
+        chance, and on a busy machine are seen by chance.  Where that is not `enough`, it is
+        measured again, up to ten times.  So many readings of thirty may be `torn`, on JAX.
         """
+        for _ in range(10):
+            found = self._measured(threads, torn)
+            if found >= enough:
+                break
+        return found
+
+    def _measured(self, threads, torn):
         if self.lib.name.startswith("jax"):
-            return max(self.planned(), self.allocated())
+            return max(self.planned(), self.allocated(torn))
         arrays = (*self.tokens, self.d_out)
         return max(
             memory.extra_bytes(self.lib, self.call, *arrays, threads=threads)
@@ -137,11 +145,12 @@ class Case:
         """Return XLA's own analysis."""
         return self.compiled.memory_analysis().temp_size_in_bytes
 
-    def allocated(self):
+    def allocated(self, torn):
         """Return what a call allocates: by XLA's plan, and beside it by its kernels.
 
-        Of thirty calls the fullest but one, since a reading may be torn.  A limited forward pass is
-        called eagerly: under `jit` the limit counts gradients, too.
+        Of thirty calls the fullest but `torn`: malloc counts arena by arena, and what moves in the
+        meantime may count twice.  A limited forward pass is called eagerly: under `jit` the limit
+        counts gradients, too.
         """
         eager = "memory_limit" in self.keywords and not self.training
         function, arrays = (self.call, self.arrays[:4]) if eager else (self.compiled, self.arrays)
@@ -153,4 +162,4 @@ class Case:
             peak, results = memory.of_malloc(lambda: function(*arrays))
             found.append(peak - memory.nbytes(results))
             del results
-        return sorted(found)[-2]
+        return sorted(found)[-1 - torn]
