@@ -182,7 +182,8 @@ class Adapter:
         """Return ``(weights, total, top)`` of the rows of scores, which may be overwritten.
 
         The weights are ``exp(s - top)``, and `total` is their sum.  `top` becomes the larger of
-        what it was and the largest score; or, as well, 0 if that is no further from 0 than `SMALL`.
+        what it was and the largest score; or, as well, 0 where that score is no further from 0 than
+        `SMALL`, and neither is the result.
         """
         top = self.maximum(top, self.max(s, axis=-1, keepdims=True))
         weights = self.exp_difference(s, top)

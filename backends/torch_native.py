@@ -2,7 +2,7 @@
 
 `torch.nn.functional.scaled_dot_product_attention` chooses among them and keeps the lse to itself;
 these are the operators that it calls (by `torch` rather than `torch.ops` where they are in both,
-as that takes half the time).
+as that takes less time).
 """
 
 from __future__ import annotations

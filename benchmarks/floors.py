@@ -41,8 +41,7 @@ class Steps:
         self.key, self.value = self.array(1, LENGTH, d), self.array(1, LENGTH, d)
         self.key, self.value = self.key[:, :cols], self.value[:, :cols]
         self.workspace = self.xp.workspace(self.query, rows * cols, self.query.dtype)
-        self.start = self.products() + 0
-        self.top = self.xp.max(self.start, axis=-1, keepdims=True) * 0
+        self.top = self.xp.max(self.products(), axis=-1, keepdims=True) * 0
         self.scores = rows * cols
         self.large = self.array(LARGE, LARGE)
 

@@ -216,7 +216,7 @@ class Counted:
                 "transposed for products",
                 transposed,
                 *("heads", "query_chunk", "key_chunk"),
-                number=4 * self.number // 3,
+                number=5 * self.number // 4,
             ),
             self.term("objects of threads", min(own.buffers, scores), number=4),
         ]
