@@ -67,10 +67,10 @@ def second_cache() -> int:
     return told if told > 0 else 2**20
 
 
-def of_cpu(bytes_of_tile: int) -> TileSizes:
-    """Return the sizes for tiles of that many bytes, in float32.
+def of_cpu(bytes_of_tile: int, rows: int = 512, at_once: int = 2) -> TileSizes:
+    """Return the sizes for tiles of that many bytes, in float32, and so many of them at once.
 
-    There are 512 queries, as products of matrices are fast from there on, and up to 2048 keys.
+    Products of matrices are fast from 512 queries on; there are up to 2048 keys.
     """
-    cols = min(2048, max(256, bytes_of_tile // (4 * 512)))
-    return TileSizes(512, cols, 2 * 512 * cols, 1)
+    cols = min(2048, max(256, bytes_of_tile // (4 * rows)))
+    return TileSizes(rows, cols, at_once * rows * cols, 1)

@@ -68,8 +68,10 @@ class Adapter(generic.Adapter):
         return x.device
 
     def tile_sizes(self, like: Array) -> TileSizes:
-        """Return the sizes for GPUs, or those for a CPU, whose cores share a tile."""
-        return of_cpu(second_cache()) if like.device.type == "cpu" else OF_GPU
+        """Return the sizes for GPUs, or those for a CPU, whose cores share a tall tile."""
+        if like.device.type != "cpu":
+            return OF_GPU
+        return of_cpu(2 * second_cache(), rows=2048, at_once=1)
 
     def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
         """Return a tensor of `shape` and `dtype` full of `fill`, on the device of `like`."""

@@ -109,10 +109,14 @@ def schedule(
     """
     limits = [limit for mask in masks if (limit := mask.tile_limit) is not None]
     limits += [512] if score_mod is not None else []
-    *sizes, elements, least = xp.tile_sizes(query)
-    rows, cols = (min([size, *(max(least, limit) for limit in limits)]) for size in sizes)
-    if not limits:
-        area, width = rows * cols, max(1, 2 * shapes.d_v)  # of what is read for a row or a column
+    rows, cols, elements, least = xp.tile_sizes(query)
+    area = rows * cols
+    if limits:
+        limit = max(least, min(limits))
+        rows = min(rows, limit)
+        cols = min(limit, area // rows)
+    else:
+        width = max(1, 2 * shapes.d_v)  # of what is read for a row or a column
         rows = max(rows, area // max(shapes.n_k, width))
         cols = max(cols, area // max(shapes.n_q, width))
     rows, cols = (

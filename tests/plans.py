@@ -6,6 +6,7 @@ import gc
 from functools import cached_property
 from time import sleep
 
+import libraries
 import memory
 import numpy as np
 
@@ -55,12 +56,11 @@ def cases(lib):
 class Case:
     """A call of the grid on a library, with `training` its gradients too."""
 
-    def __init__(self, lib, name, training, n=None):
-        short = n is not None
+    def __init__(self, lib, name, training):
         self.lib, self.training = lib, training
         chosen = {"n": 2048, "h": 1, "d": 64, "d_v": 64, "dtype": lib.default, "tiles": TILES}
         chosen |= {"implementation": "chunked"} | SHAPES.get(name, {})
-        self.n, self.h = n if short else chosen["n"], chosen["h"]
+        self.n, self.h = chosen["n"], chosen["h"]
         self.rng = np.random.default_rng(0)
         h_k, dtype = chosen.get("h_k", self.h), chosen["dtype"]
         shapes = [(self.h, chosen["d"]), (h_k, chosen["d"]), (h_k, chosen["d_v"])]
@@ -108,22 +108,22 @@ class Case:
         gradients = vjp(d_out)
         return (out, *gradients.values())
 
-    def measured(self, threads=1, enough=0, torn=1):
+    def measured(self, threads=1, enough=0):
         """Return the most that the call holds at a time beyond inputs and outputs.
 
         It is that of many calls where several threads compute: their fullest moments meet by
         chance, and on a busy machine are seen by chance.  Where that is not `enough`, it is
-        measured again, up to ten times.  So many readings of thirty may be `torn`, on JAX.
+        measured again, up to ten times.
         """
         for _ in range(10):
-            found = self._measured(threads, torn)
+            found = self._measured(threads)
             if found >= enough:
                 break
         return found
 
-    def _measured(self, threads, torn):
+    def _measured(self, threads):
         if self.lib.name.startswith("jax"):
-            return max(self.planned(), self.allocated(torn))
+            return max(self.planned(), self.allocated())
         arrays = (*self.tokens, self.d_out)
         return max(
             memory.extra_bytes(self.lib, self.call, *arrays, threads=threads)
@@ -145,10 +145,10 @@ class Case:
         """Return XLA's own analysis."""
         return self.compiled.memory_analysis().temp_size_in_bytes
 
-    def allocated(self, torn):
+    def allocated(self):
         """Return what a call allocates: by XLA's plan, and beside it by its kernels.
 
-        Of thirty calls the fullest but `torn`: malloc counts arena by arena, and what moves in the
+        Of thirty calls the fullest but one: malloc counts arena by arena, and what moves in the
         meantime may count twice.  A limited forward pass is called eagerly: under `jit` the limit
         counts gradients, too.
         """
@@ -162,4 +162,16 @@ class Case:
             peak, results = memory.of_malloc(lambda: function(*arrays))
             found.append(peak - memory.nbytes(results))
             del results
-        return sorted(found)[-1 - torn]
+        return sorted(found)[-2]
+
+
+def on_jax(name, training, keywords=None):
+    """Return a call's plan, what is measured, and XLA's own analysis.
+
+    To be called in a process of its own: among the arenas and the threads that a suite leaves
+    behind, malloc's readings are torn.
+    """
+    case = Case(libraries.library("jax"), name, training)
+    case.keywords = keywords or case.keywords
+    found = case.plan()
+    return found, case.measured(enough=found.peak_bytes / 1.25), case.planned()

@@ -24,14 +24,15 @@ standard = partial(attention, implementation="standard", return_lse=True)
 def test_memory_does_not_grow(lib):
     """A twentieth of the textbook's, and no more at twice that length.
 
-    On a GPU XLA's products take 32 MiB for themselves.
+    A tile of the library's own size may have all of the shortest call's queries.  On a GPU XLA's
+    products take 32 MiB for themselves.
     """
     n = 16384 if lib.name in libraries.GPU else 2048
-    short, long = tokens(lib, n), tokens(lib, 2 * n)
+    short, long, longer = (tokens(lib, size) for size in (n, 2 * n, 4 * n))
     extra = extra_bytes(lib, chunked, *short)
     assert 20 * extra < extra_bytes(lib, standard, *short)
     assert extra_bytes(lib, chunked, *long) <= 1.02 * extra
-    assert extra_bytes(lib, default, *long) <= 1.02 * extra_bytes(lib, default, *short)
+    assert extra_bytes(lib, default, *longer) <= 1.02 * extra_bytes(lib, default, *long)
 
 
 @pytest.mark.slow
