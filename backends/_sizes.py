@@ -67,10 +67,11 @@ def second_cache() -> int:
     return told if told > 0 else 2**20
 
 
-def of_cpu(bytes_of_tile: int, rows: int = 512, at_once: int = 2) -> TileSizes:
-    """Return the sizes for tiles of that many bytes, in float32, and so many of them at once.
+def of_cpu(rows: int, at_once: int = 1) -> TileSizes:
+    """Return the sizes for tiles that fill a second-level cache twice, and so many of them at once.
 
-    Products of matrices are fast from 512 queries on; there are up to 2048 keys.
+    There are at most 768 keys: rows of 1024 lie 4 KiB apart, share the lines of a first-level
+    cache, and make the products of the backward pass slow.
     """
-    cols = min(2048, max(256, bytes_of_tile // (4 * rows)))
+    cols = min(768, max(256, 2 * second_cache() // (4 * rows)))
     return TileSizes(rows, cols, at_once * rows * cols, 1)

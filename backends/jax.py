@@ -12,7 +12,7 @@ from jax import lax
 
 from . import generic, jax_lifted, jax_native, jax_primitive, jax_types
 from ._functions import of_floating
-from ._sizes import OF_GPU, Footprint, TileSizes
+from ._sizes import OF_GPU, Footprint, TileSizes, of_cpu
 from .generic import Array, Index, State
 
 # Returns its argument; under vmap, whether it holds anywhere in the batch, as one unbatched bool: a
@@ -110,7 +110,7 @@ class Adapter(generic.Adapter):
 
     def tile_sizes(self, like: Array) -> TileSizes:
         """Return the sizes for the device of `like`, of a tracer for JAX's default."""
-        return super().tile_sizes(like) if self._platform(like) == "cpu" else OF_GPU
+        return of_cpu(rows=1024, at_once=2) if self._platform(like) == "cpu" else OF_GPU
 
     def _platform(self, x: Array) -> str:
         """Return where `x` lives, or a tracer probably."""

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from . import generic, torch_native
 from ._functions import of_floating
-from ._sizes import OF_GPU, Footprint, TileSizes, of_cpu, second_cache
+from ._sizes import OF_GPU, Footprint, TileSizes, of_cpu
 from .generic import LOG2_E, SMALL, Array
 from .torch_autograd import Call, Lifted, Operation, Watch, computed, tensors_in
 
@@ -69,9 +69,7 @@ class Adapter(generic.Adapter):
 
     def tile_sizes(self, like: Array) -> TileSizes:
         """Return the sizes for GPUs, or those for a CPU, whose cores share a tall tile."""
-        if like.device.type != "cpu":
-            return OF_GPU
-        return of_cpu(2 * second_cache(), rows=2048, at_once=1)
+        return of_cpu(rows=2048) if like.device.type == "cpu" else OF_GPU
 
     def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
         """Return a tensor of `shape` and `dtype` full of `fill`, on the device of `like`."""

@@ -127,10 +127,12 @@ def schedule(
     whole = 1 if xp.splits_batch else prod(shapes.lead)
     floor = SMALLEST if most is not None else 64
     if most is not None or not xp.splits_batch:
-        while whole * rows * cols > budget and max(rows, cols) > floor:
-            if rows >= cols and query_chunk_size is None and rows > floor:
+        while whole * rows * cols > budget:
+            fewer_rows = query_chunk_size is None and rows > floor
+            fewer_cols = key_chunk_size is None and cols > floor
+            if fewer_rows and (rows > cols or not fewer_cols):
                 rows = -(-rows // 2)
-            elif key_chunk_size is None and cols > floor:
+            elif fewer_cols:
                 cols = -(-cols // 2)
             else:
                 break

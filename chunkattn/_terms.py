@@ -202,16 +202,20 @@ class Counted:
     def packing(self, training: bool) -> list[Term]:
         """Return what a compiled program's products take that its own plan does not count.
 
-        It was found by following the allocations of XLA's kernels for CPUs: keys or values packed
-        for a product, those of the one before not yet freed; for many heads the transposed
-        weights, packed with some padding; and small objects of threads, fewer for small tiles.
+        It was found by following the allocations of XLA's kernels for CPUs: keys or values, in
+        the backward pass also queries, packed for a product, those of the one before not yet
+        freed; for many heads the transposed weights, packed with some padding; and small objects
+        of threads, fewer for small tiles.
         """
         own, sizes = self.footprint, self.spec.schedule
         scores = prod(sizes.block) * self.spec.group * sizes.query_chunk * sizes.key_chunk
         width = "d" if self.d >= self.spec.d_v else "d_v"
         transposed = int(training and own.packed and prod(sizes.block) > 1)
+        packed = [self.term("packed for products", own.packed, "key_heads", "key_chunk", width)]
+        if training:
+            packed.append(self.term("packed for products", own.packed, *ROWS[1:], width))
         return [
-            self.term("packed for products", own.packed, "key_heads", "key_chunk", width),
+            max(packed, key=lambda term: term.bytes),
             self.term(
                 "transposed for products",
                 transposed,
