@@ -56,14 +56,15 @@ def _attend(
 class Kernel:
     """cuDNN's on a call's ``(query, key, value, causal, scale)``."""
 
-    needs_lse = False
+    needs_lse = exact = False
 
     def __repr__(self) -> str:
         return "cuDNN"
 
     @staticmethod
-    def forward(call: Any, want_lse: bool) -> tuple[Array, Array | None]:
-        """Return ``(out, lse)``."""
+    def forward(call: Any, names: tuple[str, ...]) -> tuple[Array, Array | None]:
+        """Return ``(out, lse)``, None for an `lse` that is not among the wanted `names`."""
+        want_lse = "lse" in names
         given = {"causal": call.causal, "scale": call.scale, "return_residual": want_lse}
         found = _attend(call.query, call.key, call.value, **given)
         return found if want_lse else (found, None)

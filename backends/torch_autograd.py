@@ -121,6 +121,7 @@ class Operation(torch.autograd.Function):  # type: ignore[misc]
         operation = ctx.call.operation
         found = dict(zip(operation.outputs, output, strict=True))
         ctx.mark_non_differentiable(*(found[name] for name in operation.residuals))
+        ctx.set_materialize_grads(not operation.residuals)  # which would have zeros as gradients
         kept = (*tensors, *(output if operation.keeps_outputs else ()))
         ctx.save_for_backward(*kept)
         ctx.save_for_forward(*kept)
@@ -132,7 +133,11 @@ class Operation(torch.autograd.Function):  # type: ignore[misc]
         operation = call.operation
         needed = zip(call.names, ctx.needs_input_grad[1:], strict=False)
         wanted = tuple(name for name, needs in needed if needs)
-        bars = dict(zip(operation.outputs, cotangents, strict=True))
+        bars = {
+            name: torch.zeros_like(outputs[name]) if x is None else x
+            for name, x in zip(operation.outputs, cotangents, strict=True)
+            if name not in operation.residuals
+        }
         apply = call.adapter.differentiable
         found = operation.cotangent(apply, call.spec, data, inputs, outputs, bars, wanted)
         rest = len(ctx.needs_input_grad) - 1 - len(call.names)

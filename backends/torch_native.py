@@ -7,8 +7,9 @@ as that takes less time).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any, ClassVar
 
@@ -20,6 +21,12 @@ from .torch_autograd import is_shape
 
 aten = torch.ops.aten
 
+Shape = tuple[int, int, int, int]
+Place = tuple[slice, slice]  # of batch entries and heads
+Scratch = list[tuple[str, str, int]]
+
+COPIES = 2**24  # bytes of copies in float32 at a time
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -30,40 +37,116 @@ class Kernel:
     backward: Callable[[Any, Array, Array, Array], tuple[Array, Array, Array]]
 
     needs_lse: ClassVar = True
+    exact: ClassVar = False
 
-    def forward(self, call: Any, want_lse: bool) -> tuple[Array, Array | None]:
-        """Return ``(out, lse)``, None for an `lse` that is not wanted."""
-        out, lse = self.attend(call, want_lse)
-        return out, lse if want_lse else None
+    def forward(self, call: Any, names: tuple[str, ...]) -> tuple[Array, Array | None]:
+        """Return ``(out, lse)``, None for an `lse` that is not among the wanted `names`."""
+        out, lse = self.attend(call, "lse" in names)
+        return out, lse if "lse" in names else None
 
-    def scratch(
-        self, shape: tuple[int, int, int, int], n_k: int, number: int, training: bool
-    ) -> list[tuple[str, str, int]]:
+    def scratch(self, rows: Shape, keys: Shape, number: int, training: bool) -> Scratch:
         """Return what the kernel takes for itself: names, formulas and bytes.
 
-        `shape` is that of its result.  Nothing is known on a GPU.  On a CPU each thread has a tile
-        of its own, in sizes that PyTorch's source tells (FlashAttentionKernel.cpp).
+        `rows` is the shape of its result, `keys` that of the keys.  Nothing is known on a GPU.
         """
-        if self.attend is not _cpu:
-            return []
-        _, heads, n_q, d_v = shape
-        rows = min(n_q, 256 if n_q >= 768 else 64 if n_q >= 192 else 32)
-        cols, threads = min(n_k, 512), torch.get_num_threads()
-        told, count = f"{cols} + {d_v} + 2", cols + d_v + 2
-        if training:
-            told, count = f"2 × {cols} + 1", 2 * cols + 1
-        formula = f"{threads} threads × {rows} × ({told}) × {number} B"
-        found = [("scratch of the kernel", formula, threads * rows * count * number)]
-        if training and heads > 1:
-            formula = " × ".join(map(str, (*shape, f"{number} B")))
-            found.append(("a copy in the kernel's order", formula, prod(shape) * number))
-        return found
+        return _scratch_on_cpu(rows, keys, number, training) if self.attend is _cpu else []
 
     def __repr__(self) -> str:
         return self.name
 
 
-def choose(call: Any) -> tuple[Kernel | None, bool, str]:
+class InFloat32:
+    """The kernel for CPUs on float32 copies of half precision, of some heads at a time.
+
+    On the arrays themselves it would round the weights to their dtype.
+    """
+
+    needs_lse = exact = True
+
+    def forward(self, call: Any, names: tuple[str, ...]) -> tuple[Array, Array | None]:
+        """Return ``(out, lse)``, with `out` in float32 where "exact" is among the `names`."""
+        dtype = torch.float32 if "exact" in names else call.query.dtype
+        out = torch.empty_like(call.query, dtype=dtype)
+        lse = out.new_empty(out.shape[:-1], dtype=torch.float32)
+        for rows, keys in _parts(call.query.shape, call.key.shape, training=False):
+            out[rows], lse[rows] = _cpu(_widened(call, rows, keys), True)
+        return out, lse if "lse" in names else None
+
+    def backward(
+        self, call: Any, out: Array, lse: Array, d_out: Array
+    ) -> tuple[Array, Array, Array]:
+        """Return the gradients of query, key and value, from `out` in float32."""
+        query, key, value = map(torch.empty_like, call[:3])
+        for rows, keys in _parts(call.query.shape, call.key.shape, training=True):
+            query[rows], key[keys], value[keys] = _cpu_backward(
+                _widened(call, rows, keys), out[rows], lse[rows], d_out[rows].float()
+            )
+        return query, key, value
+
+    def scratch(self, rows: Shape, keys: Shape, number: int, training: bool) -> Scratch:
+        """Return what is taken beside results, as `Kernel.scratch` does."""
+        (entry, heads), (_, key_heads) = next(_parts(rows, keys, training))
+        entries = min(rows[0], entry.stop)
+        held = min(keys[1], key_heads.stop)
+        of_head, formula = _copies(rows, keys, training)
+        told = f"{entries} × {held} × ({formula}) × {rows[3]} × 4 B"
+        part = entries, min(rows[1], heads.stop)
+        return [
+            ("copies in float32", told, entries * held * of_head),
+            ("lse of copies", f"{part[0]} × {part[1]} × {rows[2]} × 4 B", 4 * prod(part) * rows[2]),
+            *_scratch_on_cpu((*part, *rows[2:]), keys, number, training),
+        ]
+
+    def __repr__(self) -> str:
+        return "flash attention for CPU, in float32"
+
+
+def _scratch_on_cpu(rows: Shape, keys: Shape, number: int, training: bool) -> Scratch:
+    """Return what the kernel for CPUs takes: each thread has a tile of its own.
+
+    Its sizes are told by PyTorch's source (FlashAttentionKernel.cpp).
+    """
+    _, heads, n_q, d_v = rows
+    height = min(n_q, 256 if n_q >= 768 else 64 if n_q >= 192 else 32)
+    width, threads = min(keys[2], 512), torch.get_num_threads()
+    told, count = f"{width} + {d_v} + 2", width + d_v + 2
+    if training:
+        told, count = f"2 × {width} + 1", 2 * width + 1
+    formula = f"{threads} threads × {height} × ({told}) × {number} B"
+    found = [("scratch of the kernel", formula, threads * height * count * number)]
+    if training and heads > 1:
+        formula = " × ".join(map(str, (*rows, f"{number} B")))
+        found.append(("a copy in the kernel's order", formula, prod(rows) * number))
+    return found
+
+
+def _copies(rows: Shape, keys: Shape, training: bool) -> tuple[int, str]:
+    """Return the bytes of the float32 copies for a head of keys, and which rows they have."""
+    of_rows, of_keys = (3, 4) if training else (2, 2)  # with results of the kernel
+    group = rows[1] // keys[1]
+    count = of_rows * group * rows[2] + of_keys * keys[2]
+    return 4 * rows[3] * count, f"{of_rows * group} × {rows[2]} + {of_keys} × {keys[2]}"
+
+
+def _parts(rows: Shape, keys: Shape, training: bool) -> Iterator[tuple[Place, Place]]:
+    """Yield places in queries and in keys, of as many heads as `COPIES` allow, or of one."""
+    batch, heads = keys[:2]
+    group = rows[1] // heads
+    of_head, _ = _copies(rows, keys, training)
+    some = min(heads, max(1, COPIES // of_head))
+    entries = max(1, COPIES // (of_head * heads))
+    for i, j in product(range(0, batch, entries), range(0, heads, some)):
+        entry = slice(i, i + entries)
+        yield (entry, slice(group * j, group * (j + some))), (entry, slice(j, j + some))
+
+
+def _widened(call: Any, rows: Place, keys: Place) -> Any:
+    """Return a part of a call in float32."""
+    tokens = call.query[rows].float(), call.key[keys].float(), call.value[keys].float()
+    return type(call)(*tokens, *call[3:])
+
+
+def choose(call: Any) -> tuple[Kernel | InFloat32 | None, bool, str]:
     """Return the kernel that PyTorch would take or None, whether it beats tiles, and why."""
     tokens = tuple(map(_bare, call[:3]))
     if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tokens)):
@@ -85,7 +168,10 @@ def choose(call: Any) -> tuple[Kernel | None, bool, str]:
     if found is None:
         return None, False, "PyTorch has only its textbook attention for it"
     if device == "cpu" and call.query.dtype not in (torch.float32, torch.float64):
-        return found, False, "tiles keep the weights in float32, and round once"
+        of_head, _ = _copies(call.query.shape, call.key.shape, training=False)
+        if of_head > COPIES:
+            return _IN_FLOAT32, False, "a head's copies in float32 would be large"
+        return _IN_FLOAT32, True, "faster than tiles, and PyTorch's own rounds the weights"
     return found, True, "as fast as PyTorch's attention is"
 
 
@@ -170,6 +256,7 @@ def _none(*_: Any) -> Any:
     raise AssertionError("a kernel is called for tensors without values")
 
 
+_IN_FLOAT32 = InFloat32()
 _ANY = Kernel("any kernel", _none, _none)  # stands for one, where the shapes are all that counts
 _KERNELS = {
     (device, backend.value): Kernel(name, forward, backward)

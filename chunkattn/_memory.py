@@ -148,14 +148,20 @@ def _counted(request: Request) -> Counted:
 
 def _of_kernel(request: Request, algorithm: Native, counted: Counted, training: bool) -> list[Term]:
     """Return what a kernel of the library's own holds."""
-    spec = request.spec
+    spec, kernel = request.spec, algorithm.kernel
     lse = 2 if training else int(not algorithm.return_lse)
-    heads, rows = spec.heads, spec.n_q
+    heads, n_q = spec.heads, spec.n_q
     if spec.group > 1 and not algorithm.causal:
-        heads, rows = spec.key_heads, spec.group * spec.n_q
-    shape = (prod(spec.batch), heads, rows, spec.d_v)
-    scratch = algorithm.kernel.scratch(shape, spec.n_k, counted.number, training)
-    return [*starmap(Term, scratch), counted.term("lse", lse, "all_heads", "n_q")]
+        heads, n_q = spec.key_heads, spec.group * spec.n_q
+    batch = prod(spec.batch)
+    shapes = (batch, heads, n_q, spec.d_v), (batch, spec.key_heads, spec.n_k, counted.d)
+    exact = int(training and kernel.exact)
+    found = [
+        *starmap(Term, kernel.scratch(*shapes, counted.number, training)),
+        counted.term("lse", lse, "all_heads", "n_q"),
+        counted.term("saved: out, not rounded", exact, "all_heads", "n_q", "d_v"),
+    ]
+    return [term for term in found if term.bytes]
 
 
 def prepared(

@@ -144,8 +144,8 @@ class Native(Operation):
 
     def with_residuals(self, spec: Spec) -> Native:
         """Return the operation to call where a rule may be called later."""
-        needed = self.kernel.needs_lse and not self.return_lse
-        return replace(self, residuals=("lse",) if needed else ())
+        lse = ("lse",) if self.kernel.needs_lse and not self.return_lse else ()
+        return replace(self, residuals=(*lse, "exact") if self.kernel.exact else lse)
 
     def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
         """As those of `Forward`."""
@@ -156,10 +156,12 @@ class Native(Operation):
         """Compute."""
         call = plain(xp, spec, inputs, self.causal, self.scale)
         names = self.outputs
-        out, lse = self.kernel.forward(call, "lse" in names)
+        out, lse = self.kernel.forward(call, names)
         lead = (*spec.batch, spec.heads, spec.n_q)
         out = out_to_caller(xp, spec, like(xp, out, (*lead, spec.d_v)))
         found = {"out": out}
+        if "exact" in names:
+            found = {"out": xp.cast(out, spec.dtype), "exact": out}
         if lse is not None:
             lse = lse_to_caller(spec, like(xp, lse, (*lead, 1)))
             found["lse"] = xp.cast(lse, spec.compute)
@@ -200,6 +202,7 @@ class Native(Operation):
             exact = apply(forward, spec, data, inputs)
             return forward.cotangent(apply, spec, data, inputs, exact, cotangents, wanted)
         known = {name: outputs[name] for name in RESULTS if name in outputs}
+        known["out"] = outputs.get("exact", outputs["out"])
         bars = as_cotangents({"out": cotangents["out"]})
         backward = NativeBackward(self.kernel, self.causal, self.scale, wanted)
         return apply(backward, spec, data | known, inputs | bars)

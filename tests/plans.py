@@ -24,6 +24,13 @@ SHAPES = {
     "defaults, 8 heads": {"n": 1024, "h": 8, "tiles": {}},
     "auto": {"tiles": {}, "implementation": "auto"},
     "auto, 8 heads": {"n": 1024, "h": 8, "tiles": {}, "implementation": "auto"},
+    "auto, 16 heads, bfloat16": {
+        "n": 2048,
+        "h": 16,
+        "tiles": {},
+        "implementation": "auto",
+        "dtype": "bfloat16",
+    },
     "textbook": {"tiles": {}, "implementation": "standard"},
     "within 1.5 MB": {"tiles": {"memory_limit": "1.5MB"}},
     "float64": {"dtype": "float64"},
@@ -48,9 +55,8 @@ KEYWORDS = {
 
 def cases(lib):
     """Return the names of the calls that a library can make."""
-    dtypes = ("float16", "bfloat16", "float64")
-    lacking = {name for name in dtypes if name not in lib.dtypes}
-    return [name for name in (*SHAPES, *KEYWORDS) if name not in lacking]
+    names = (*SHAPES, *KEYWORDS)
+    return [x for x in names if SHAPES.get(x, {}).get("dtype", lib.default) in lib.dtypes]
 
 
 class Case:

@@ -18,6 +18,7 @@ MODES = pytest.mark.parametrize("training", [False, True], ids=["forward", "trai
 
 # The others are as slow as they are many; `benchmarks/predicted.py` prints them all.
 QUICK = {"one head", "8 heads, 2 of keys", "defaults", "auto, 8 heads", "float16", "causal", "bias"}
+HALF = {"auto, 16 heads, bfloat16"}  # by a kernel on PyTorch
 
 
 def grid(name, quick=QUICK):
@@ -57,7 +58,7 @@ def test_prediction_on_two_threads(case, training):
 
 
 @MODES
-@pytest.mark.parametrize("case", grid("torch"))
+@pytest.mark.parametrize("case", grid("torch", QUICK | HALF))
 def test_prediction_on_torch(case, training):
     """By the allocator's record."""
     torch = pytest.importorskip("torch")
