@@ -10,13 +10,15 @@ from typing import NamedTuple
 class TileSizes(NamedTuple):
     """Queries and keys of a tile, and how many scores it has at most over batch and heads.
 
-    `least` is the size below which smaller tiles do not pay, however little of them a mask shows.
+    `least` is the size below which smaller tiles do not pay, however little of them a mask shows;
+    those that a mask cuts shrink to `edge` in short calls.
     """
 
     rows: int
     cols: int
     elements: int
     least: int
+    edge: int
 
 
 class Footprint(NamedTuple):
@@ -54,7 +56,7 @@ class Footprint(NamedTuple):
 
 
 # What fills a GPU, and is worth the time that the host takes for a tile.
-OF_GPU = TileSizes(8192, 8192, 2**26, 2048)
+OF_GPU = TileSizes(8192, 8192, 2**26, 2048, 2048)
 
 
 @cache
@@ -67,11 +69,11 @@ def second_cache() -> int:
     return told if told > 0 else 2**20
 
 
-def of_cpu(rows: int, at_once: int = 1) -> TileSizes:
+def of_cpu(rows: int, at_once: int = 1, edge: int = 256) -> TileSizes:
     """Return the sizes for tiles that fill a second-level cache twice, and so many of them at once.
 
     There are at most 768 keys: rows of 1024 lie 4 KiB apart, share the lines of a first-level
     cache, and make the products of the backward pass slow.
     """
     cols = min(768, max(256, 2 * second_cache() // (4 * rows)))
-    return TileSizes(rows, cols, at_once * rows * cols, 1)
+    return TileSizes(rows, cols, at_once * rows * cols, 1, edge)

@@ -110,7 +110,8 @@ class Adapter(generic.Adapter):
 
     def tile_sizes(self, like: Array) -> TileSizes:
         """Return the sizes for the device of `like`, of a tracer for JAX's default."""
-        return of_cpu(rows=1024, at_once=2) if self._platform(like) == "cpu" else OF_GPU
+        on_cpu = self._platform(like) == "cpu"
+        return of_cpu(rows=1024, at_once=2, edge=512) if on_cpu else OF_GPU
 
     def _platform(self, x: Array) -> str:
         """Return where `x` lives, or a tracer probably."""

@@ -107,9 +107,10 @@ def schedule(
 
     A tile has `most` scores, where that is given and chunks of `SMALLEST` allow it.
     """
+    rows, cols, elements, least, edge = xp.tile_sizes(query)
     limits = [limit for mask in masks if (limit := mask.tile_limit) is not None]
+    limits += [max(edge, shapes.n_k // 8)] if limits else []  # of the keys, a small part
     limits += [512] if score_mod is not None else []
-    rows, cols, elements, least = xp.tile_sizes(query)
     area = rows * cols
     if limits:
         limit = max(least, min(limits))

