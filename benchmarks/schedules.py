@@ -57,9 +57,9 @@ its plan with the default tiles.
 
 NumPy by tracemalloc, in one thread (each further thread of ours has a tile of its own).  Above
 n = {WHOLE:,} it has {2 * paper.QUERIES:,} queries instead of n, since the chunks of queries come
-one after the other, and no textbook.  JAX by XLA's memory analysis of the compiled call, which does not
-run; compiled without the pass that hands all of the textbook's attention to one kernel, since the
-analysis leaves out the n × n scores that this kernel holds."""
+one after the other, and no textbook.  JAX by XLA's memory analysis of the compiled call, which does
+not run; compiled without the pass that hands all of the textbook's attention to one kernel, since
+the analysis leaves out the n × n scores that this kernel holds."""
 
 
 def formulas(n):
