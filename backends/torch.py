@@ -43,7 +43,7 @@ class Adapter(generic.Adapter):
 
     name = "torch"
     autodiff = True
-    footprint = Footprint(weights=0, hashes=3, saved=3, buffers=3_072, positions=0, objects=0)
+    footprint = Footprint(weights=0, hashes=3, exact=2, buffers=3_072, positions=0, objects=0)
 
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer, the barely supported unsigned ones included."""

@@ -104,15 +104,18 @@ def terms(request: Request, algorithm: Any, *, training: bool, to_come: int = 0)
             Term("other temporaries", "XLA's memory analysis", max(0, compiled - scores.bytes)),
             *counted.packing(training),
         ]
+    again: list[Term] = []
     if isinstance(algorithm, Native):
-        return _of_kernel(request, algorithm, counted, training)
+        if not (training and algorithm.return_lse):
+            return _of_kernel(request, algorithm, counted, training)
+        again = _once_more(algorithm, counted)  # and the tiles hold more than a kernel
     passes = [counted.standard() if request.spec.standard else counted.forward()]
     if training:
         told = "- their bytes, which the outputs count"
         passes[0] += [*counted.saved(), Term("gradients to come", told, -to_come)]
         counted = replace(counted, threads=request.xp.at_once(request.spec.blocks))
         passes.append([*counted.backward(tuple(request.inputs)), *counted.saved()])
-    return [term for term in max(passes, key=total) if term.bytes]
+    return [term for term in (*max(passes, key=total), *again) if term.bytes]
 
 
 def _compiled(request: Request, algorithm: Any, training: bool) -> int | None:
@@ -162,6 +165,15 @@ def _of_kernel(request: Request, algorithm: Native, counted: Counted, training: 
         counted.term("saved: out, not rounded", exact, "all_heads", "n_q", "d_v"),
     ]
     return [term for term in found if term.bytes]
+
+
+def _once_more(algorithm: Native, counted: Counted) -> list[Term]:
+    """Return what a kernel leaves beside the tiles, which compute all again where `lse` counts."""
+    exact = int(algorithm.kernel.exact)
+    return [
+        counted.term("out, once more", "all_heads", "n_q", "d_v", number=counted.given),
+        counted.term("saved: out of the kernel", exact, "all_heads", "n_q", "d_v"),
+    ]
 
 
 def prepared(

@@ -55,6 +55,8 @@ def operation(
     if implementation == "auto":
         if kernel is not None and request.chunks_given:
             better, why = False, "chunk sizes are given"
+        elif kernel is not None and kernel.exact and return_lse:
+            better, why = False, "gradients with lse are the tiles', which hold more beside copies"
         if kernel is None or not better:
             return _tiles(request, return_lse), why
     causal, scale = _causal(request.spec, request.data), request.data["scale"]

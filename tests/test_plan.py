@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import libraries
+import memory
 import numpy as np
 import plans
 import pytest
@@ -71,6 +72,29 @@ def test_prediction_on_torch(case, training):
     finally:
         torch.set_num_threads(before)
     assert measured <= predicted <= 1.25 * measured
+
+
+@pytest.mark.parametrize(("dtype", "heads"), [("float32", 1), ("bfloat16", 16)])
+def test_prediction_with_lse_on_torch(dtype, heads):
+    """A kernel's call that returns `lse` has its gradients from the tiles, after all once more."""
+    torch = pytest.importorskip("torch")
+    lib = libraries.library("torch")
+    x = torch.ones(heads, 2048, 64, dtype=getattr(torch, dtype))
+
+    def call(*arrays):
+        tokens = [x.detach().requires_grad_() for x in arrays]
+        out, lse = attention(*tokens, return_lse=True)
+        return (out, lse, *torch.autograd.grad(out, tokens, x))
+
+    measured = memory.extra_bytes(lib, call, x, x, x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = plan(x, x, x, return_lse=True, training=True)
+    finally:
+        torch.set_num_threads(before)
+    assert found.implementation == ("native" if dtype == "float32" else "chunked")
+    assert measured <= found.peak_bytes <= 1.25 * measured
 
 
 @pytest.fixture(scope="module")
