@@ -11,7 +11,8 @@ class TileSizes(NamedTuple):
     """Queries and keys of a tile, and how many scores it has at most over batch and heads.
 
     `least` is the size below which smaller tiles do not pay, however little of them a mask shows;
-    those that a mask cuts shrink to `edge` in short calls.
+    those that a mask cuts shrink to `edge` in short calls.  Where a tile is `shared` by all cores,
+    that takes heads enough to fill it.
     """
 
     rows: int
@@ -19,6 +20,7 @@ class TileSizes(NamedTuple):
     elements: int
     least: int
     edge: int
+    shared: bool = False
 
 
 class Footprint(NamedTuple):
@@ -28,6 +30,8 @@ class Footprint(NamedTuple):
     ----------
     weights : int
         Arrays of the size of a tile beside its scores, while the softmax is taken.
+    products : int
+        Products of weights and values, where there is no mask: before they are added to others.
     inverses : int
         Copies of a boolean mask that `hide` makes.
     hashes : int
@@ -45,6 +49,7 @@ class Footprint(NamedTuple):
     """
 
     weights: int = 3
+    products: int = 1
     inverses: int = 1
     hashes: int = 6
     saved: int = 3
@@ -69,11 +74,11 @@ def second_cache() -> int:
     return told if told > 0 else 2**20
 
 
-def of_cpu(rows: int, at_once: int = 1, edge: int = 256) -> TileSizes:
+def of_cpu(rows: int, at_once: int = 1, edge: int = 256, shared: bool = False) -> TileSizes:
     """Return the sizes for tiles that fill a second-level cache twice, and so many of them at once.
 
     There are at most 768 keys: rows of 1024 lie 4 KiB apart, share the lines of a first-level
     cache, and make the products of the backward pass slow.
     """
     cols = min(768, max(256, 2 * second_cache() // (4 * rows)))
-    return TileSizes(rows, cols, at_once * rows * cols, 1, edge)
+    return TileSizes(rows, cols, at_once * rows * cols, 1, edge, shared)

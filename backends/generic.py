@@ -15,6 +15,7 @@ here written with the standard alone (2021.12 and later):
 ``accumulate``        adds to a part of an array; its corner may be traced
 ``workspace``         memory that `matmul` may write to again and again, or None
 ``matmul``            the product in the dtype of its operands, which have the compute dtype
+``add_product``       ``x + a @ b``, likewise; may overwrite `x`
 ``exp_difference``    ``exp(x - y)``; may overwrite `x`
 ``cap``               the softcap of scores; may overwrite its argument
 ``weigh``             the softmax of rows of scores, but for its division
@@ -166,6 +167,11 @@ class Adapter:
     def matmul(self, a: Array, b: Array, workspace: Array | None = None) -> Array:
         """Return ``a @ b``, accumulated in its dtype; it may live in `workspace`."""
         return self.namespace.matmul(a, b)
+
+    def add_product(self, x: Array, a: Array, b: Array) -> Array:
+        """Return ``x + a @ b``; `x` may be overwritten."""
+        x += self.matmul(a, b)
+        return x
 
     def exp_difference(self, x: Array, y: Array) -> Array:
         """Return ``exp(x - y)``; `x` may be overwritten."""

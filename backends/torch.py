@@ -43,7 +43,9 @@ class Adapter(generic.Adapter):
 
     name = "torch"
     autodiff = True
-    footprint = Footprint(weights=0, hashes=3, exact=2, buffers=3_072, positions=0, objects=0)
+    footprint = Footprint(
+        weights=0, products=0, hashes=3, exact=2, buffers=3_072, positions=0, objects=0
+    )
 
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer, the barely supported unsigned ones included."""
@@ -67,7 +69,7 @@ class Adapter(generic.Adapter):
 
     def tile_sizes(self, like: Array) -> TileSizes:
         """Return the sizes for GPUs, or those for a CPU, whose cores share a tall tile."""
-        return of_cpu(rows=2048) if like.device.type == "cpu" else OF_GPU
+        return of_cpu(rows=2048, shared=True) if like.device.type == "cpu" else OF_GPU
 
     def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
         """Return a tensor of `shape` and `dtype` full of `fill`, on the device of `like`."""
@@ -94,6 +96,15 @@ class Adapter(generic.Adapter):
             lead = torch.broadcast_shapes(lead, b.shape[:-2])
         shape = torch.Size((*lead, a.shape[-2], b.shape[-1]))
         return torch.matmul(a, b, out=workspace[: shape.numel()].view(shape))
+
+    def add_product(self, x: Array, a: Array, b: Array) -> Array:
+        """Add to `x` in the product itself, where the memory of `x` allows it."""
+        if not x.is_contiguous():
+            return x.add_(torch.matmul(a, b))
+        lead = x.shape[:-2]
+        a, b = (y.expand(*lead, *y.shape[-2:]).flatten(0, -3) for y in (a, b))
+        x.flatten(0, -3).baddbmm_(a, b)
+        return x
 
     def exp_difference(self, x: Array, y: Array) -> Array:
         """Overwrite `x` with ``exp(x - y)``, or make it in one pass over memory.

@@ -14,7 +14,7 @@ from typing import Any
 from ._loops import over_keys, over_queries
 from ._partial import Summary, log_sum, nonzero, rounding
 from ._problem import Problem
-from ._scores import gather, scores
+from ._scores import gather, gather_onto, scores
 from ._spec import Spec
 from ._tiles import Rows, Tile
 
@@ -44,7 +44,9 @@ def _attend_queries(rows: Rows, outputs: dict[str, Array]) -> dict[str, Array]:
         summary = over_keys(rows, partial(_attend_chunk, workspace), rows.nothing())
     else:
         lowest = float(xp.finfo(rows.query.dtype).min)
-        summary = _summarize(only, workspace, xp.new(rows.query, (), lowest, rows.query.dtype))
+        top = xp.new(rows.query, (), lowest, rows.query.dtype)
+        weights, total, top = xp.weigh(scores(only, workspace), top)
+        summary = gather(only, weights, only.value), total, top
     out, total, top = summary
     divisor = nonzero(xp, total)
     out /= divisor
@@ -58,17 +60,10 @@ def _attend_queries(rows: Rows, outputs: dict[str, Array]) -> dict[str, Array]:
 
 def _attend_chunk(workspace: Array | None, tile: Tile, summary: Summary) -> Summary:
     """Return the summary with one more chunk of keys in it."""
-    acc, total, top = summary
-    more, more_total, new = _summarize(tile, workspace, top)
-    shrink = tile.xp.exp(top - new)
+    xp, (acc, total, top) = tile.xp, summary
+    weights, more, new = xp.weigh(scores(tile, workspace), top)
+    shrink = xp.exp(top - new)
     total *= shrink
-    total += more_total
+    total += more
     acc *= shrink
-    acc += more
-    return acc, total, new
-
-
-def _summarize(tile: Tile, workspace: Array | None, top: Array) -> Summary:
-    """Return the summary of one chunk of keys, scaled as one whose maximum is not below `top`."""
-    weights, total, top = tile.xp.weigh(scores(tile, workspace), top)
-    return gather(tile, weights, tile.value), total, top
+    return gather_onto(tile, acc, weights, tile.value), total, new

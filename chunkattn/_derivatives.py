@@ -22,7 +22,7 @@ from typing import Any
 from ._chain import pull, pull_tangent, push, softmax
 from ._loops import over_keys, over_queries
 from ._problem import TANGENT, TOKENS, Problem, to_heads
-from ._scores import dropped, gather
+from ._scores import dropped, gather_onto
 from ._spec import Spec
 from ._sums import Sums, add_bias, add_captured, add_keys, add_rows, totals
 from ._tiles import Rows, Tile
@@ -128,9 +128,8 @@ def _tangent_of_rows(
         at = softmax(tile, lse, workspace)
         change = at.weights * push(at, moved_tile)[0]
         mean += xp.sum(change, axis=-1, keepdims=True, dtype=change.dtype)
-        acc += gather(tile, change, tile.value)
-        acc += gather(tile, at.weights, moved_tile.value)
-        return acc, mean
+        acc = gather_onto(tile, acc, change, tile.value)
+        return gather_onto(tile, acc, at.weights, moved_tile.value), mean
 
     acc, mean = over_keys(rows, step, (acc, mean))
     mean = mean * factor
@@ -190,7 +189,7 @@ def _backward_of_rows(rows: Rows, bar: Cotangents, sums: Sums) -> Sums:
         gradient, captured = pull(at, gradient)
         sums = add_captured(tile, sums, captured)
         scores = rows.grouped(gradient)
-        query += rows.ungrouped(xp.matmul(scores, at.clean(tile.key)))
+        query = rows.ungrouped(xp.add_product(rows.grouped(query), scores, at.clean(tile.key)))
         sums = add_keys(tile, sums, "key", scores, at.clean(rows.query))
         weights = rows.grouped(dropped(tile, at.weights))
         return query, add_keys(tile, sums, "value", weights, at.clean(bar.out))

@@ -82,3 +82,13 @@ def gather(tile: Tile, weights: Array, value: Array) -> Array:
     if not tile.hides:
         return plain()
     return xp.when(~xp.isfinite(xp.sum(value, dtype=value.dtype)), careful, plain)
+
+
+def gather_onto(tile: Tile, acc: Array, weights: Array, value: Array) -> Array:
+    """Return ``acc + gather(tile, weights, value)``; `acc` may be overwritten."""
+    if tile.hides:
+        acc += gather(tile, weights, value)
+        return acc
+    rows = tile.rows
+    weights = rows.grouped(dropped(tile, weights))
+    return rows.ungrouped(rows.xp.add_product(rows.grouped(acc), weights, value))

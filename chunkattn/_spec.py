@@ -107,13 +107,18 @@ def schedule(
 
     A tile has `most` scores, where that is given and chunks of `SMALLEST` allow it.
     """
-    rows, cols, elements, least, edge = xp.tile_sizes(query)
+    sizes = xp.tile_sizes(query)
+    rows, cols = sizes.rows, sizes.cols
     limits = [limit for mask in masks if (limit := mask.tile_limit) is not None]
-    limits += [max(edge, shapes.n_k // 8)] if limits else []  # of the keys, a small part
+    if limits and not sizes.shared:
+        limits.append(max(sizes.edge, shapes.n_k // 8))  # of the keys, a small part
+    elif limits:
+        few = shapes.heads * prod(shapes.batch) < 4
+        limits.append(2 * sizes.edge if few else sizes.edge)
     limits += [512] if score_mod is not None else []
     area = rows * cols
     if limits:
-        limit = max(least, min(limits))
+        limit = max(sizes.least, min(limits))
         rows = min(rows, limit)
         cols = min(limit, area // rows)
     else:
@@ -124,7 +129,7 @@ def schedule(
         max(1, min(shapes.n_q, query_chunk_size or rows)),
         max(1, min(shapes.n_k, key_chunk_size or cols)),
     )
-    budget = (elements if most is None else most) // shapes.group
+    budget = (sizes.elements if most is None else most) // shapes.group
     whole = 1 if xp.splits_batch else prod(shapes.lead)
     floor = SMALLEST if most is not None else 64
     if most is not None or not xp.splits_batch:

@@ -113,10 +113,16 @@ class Counted:
         """Whether the arrays have to be widened to the compute dtype."""
         return self.given != self.number
 
+    @property
+    def hides(self) -> bool:
+        """Whether a query may not see some key."""
+        return bool(self.masks) or self.has_bias or self.spec.score_mod is not None
+
     def forward(self) -> list[Term]:
         """Return the terms of the forward pass at its fullest moment."""
         spec, own = self.spec, self.footprint
         wide, drops = int(self.widens), int(bool(spec.dropout))
+        product = 1 if self.hides else own.products
         weights = self.term("weights", own.weights, *SCORES)
         hashed = self.term("hash for dropout", own.hashes * drops, *SCORES, number=2)
         return [
@@ -132,7 +138,7 @@ class Counted:
                 [weights, hashed],
                 [
                     weights,
-                    self.term("product with values", *ROWS, "d_v"),
+                    self.term("product with values", product, *ROWS, "d_v"),
                     self.term("values, widened", wide, *KEYS, "d_v"),
                 ],
             ),
@@ -159,10 +165,9 @@ class Counted:
     def backward(self, wanted: Names) -> list[Term]:
         """Return the terms of the backward pass at its fullest moment."""
         spec, own = self.spec, self.footprint
-        hides = bool(self.masks) or self.has_bias or spec.score_mod is not None
         chained = spec.softcap is not None or spec.score_mod is not None
         width = "d" if self.d >= spec.d_v else "d_v"
-        wide, unseen, drops = int(self.widens), int(hides), int(bool(spec.dropout))
+        wide, unseen, drops = int(self.widens), int(self.hides), int(bool(spec.dropout))
         visible = self.term("visible pairs", unseen, *SCORES, number=1)
         return [
             self.term("weights and their gradient", 2, *SCORES),

@@ -127,10 +127,10 @@ def count(lib, monkeypatch):
             import jax
 
             jax.effects_barrier()
-        return {verb: calls.count(verb) for verb in ("matmul", "hide")}
+        return {verb: calls.count(verb) for verb in ("weigh", "hide")}
 
     with _compilations_of_its_own(lib):
-        for verb in ("matmul", "hide"):
+        for verb in ("weigh", "hide"):
             counted(verb)
         yield run
 
@@ -185,14 +185,14 @@ def check_tiles(lib, count, rng, request):
     shapes = (2, 2, n_q, 8), (2, 2, n_k, 8), (2, 2, n_k, 8)
     arrays = [lib.asarray(rng.standard_normal(shape)) for shape in shapes]
     sizes = {"query_chunk_size": ROWS, "key_chunk_size": COLS}
-    each, rest = divmod(count(*arrays, **sizes)["matmul"], 20)
+    each, rest = divmod(count(*arrays, **sizes)["weigh"], 20)
     assert each > 0
     assert rest == 0
 
     def check(first, last, **kwargs):
         calls = count(*arrays, **sizes, **kwargs)
         seen, partly = visible(lengths, first, last)
-        assert calls["matmul"] == each * seen, kwargs
+        assert calls["weigh"] == each * seen, kwargs
         assert calls["hide"] == partly or (lengths == RAGGED and calls["hide"] > partly), kwargs
 
     return check
