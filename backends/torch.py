@@ -44,7 +44,7 @@ class Adapter(generic.Adapter):
     name = "torch"
     autodiff = True
     footprint = Footprint(
-        weights=0, products=0, hashes=3, exact=2, buffers=3_072, positions=0, objects=0
+        weights=0, products=0, hashes=3, exact=1, buffers=3_072, positions=0, objects=0
     )
 
     def is_integer(self, dtype: Any) -> bool:

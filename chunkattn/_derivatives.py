@@ -196,7 +196,8 @@ def _backward_of_rows(rows: Rows, bar: Cotangents, sums: Sums) -> Sums:
 
     query, sums = over_keys(rows, step, (xp.zeros_like(rows.unscaled), sums))
     sums = add_rows(rows, sums, "query", query * rows.problem.scale)
-    sums = add_rows(rows, sums, "scale", query * rows.unscaled)
+    if "scale" in sums:
+        sums = add_rows(rows, sums, "scale", query * rows.unscaled)
     if "sinks" in sums:
         sums = add_rows(rows, sums, "sinks", -sink_weights(rows, bar.lse) * bar.delta)
     return sums

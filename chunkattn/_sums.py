@@ -20,7 +20,7 @@ def totals(
     """Return the `wanted` gradients, to which ``step(rows, sums)`` adds for each query chunk."""
     sums = {name: problem.zeros(name) for name in wanted}
     sums = over_blocks(problem, step, sums, shared=any(map(problem.is_shared, sums.values())))
-    return tuple(problem.gradient(name, sums[name]) for name in wanted)
+    return tuple(problem.gradient(name, sums.pop(name)) for name in wanted)
 
 
 def _add(

@@ -141,6 +141,7 @@ class Counted:
                     self.term("product with values", product, *ROWS, "d_v"),
                     self.term("values, widened", wide, *KEYS, "d_v"),
                 ],
+                [self.term("out, rounded", wide, *ROWS, "d_v", number=self.given)],
             ),
         ]
 
@@ -169,7 +170,8 @@ class Counted:
         width = "d" if self.d >= spec.d_v else "d_v"
         wide, unseen, drops = int(self.widens), int(self.hides), int(bool(spec.dropout))
         visible = self.term("visible pairs", unseen, *SCORES, number=1)
-        return [
+        rounded = [name for name in wanted if name in GRADIENTS and self.widens]
+        tiles = [
             self.term("weights and their gradient", 2, *SCORES),
             self.term("scores before score_mod", int(chained), *SCORES),
             self.term("weights that dropout keeps", drops, *SCORES, number=1),
@@ -179,11 +181,6 @@ class Counted:
             self.term("sums", 8, *ROWS),
             self.term("buffers", "threads", own.buffers),
             self.term("objects of Python", own.objects, number=1),
-            *(
-                self.term(f"gradient of {name}, not rounded", *GRADIENTS[name], number=more)
-                for name in wanted
-                if name in GRADIENTS and (more := self.number - self.given)
-            ),
             *_fullest(
                 *self._functions(),
                 [visible, self.term("inverted", own.inverses * unseen, *SCORES, number=1)],
@@ -201,6 +198,23 @@ class Counted:
                     self.term("product for queries", *ROWS, "d"),
                 ],
                 [visible, self.term("product for keys", *KEYS, width)],
+            ),
+        ]
+        return [
+            *(
+                self.term(
+                    f"gradient of {name}, not rounded",
+                    *GRADIENTS[name],
+                    number=self.number - self.given,
+                )
+                for name in rounded
+            ),
+            *_fullest(
+                tiles,
+                *(
+                    [self.term(f"gradient of {name}, rounded", *GRADIENTS[name], number=self.given)]
+                    for name in rounded
+                ),
             ),
         ]
 
@@ -242,9 +256,11 @@ class Counted:
             sizes = [axes[letter] for letter in letters]
             made, own = mask.tile_arrays, self.footprint
             name = f"mask: {type(mask).__name__.removeprefix('Lifted')}"
+            pairs = self.term(name, *sizes, number=1).bytes
+            held = min(own.positions, 2 * pairs) if made else 0
             yield [
                 self.term(name, made, "threads", *sizes, number=1),
-                self.term("buffers of positions", min(made, 1), "threads", own.positions, number=8),
+                self.term("buffers of positions", "threads", held, number=8),
             ]
             told = min(made, 1) + own.inverses
             yield [self.term(name, told, "threads", *sizes, number=1)]

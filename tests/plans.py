@@ -31,6 +31,7 @@ SHAPES = {
         "implementation": "auto",
         "dtype": "bfloat16",
     },
+    "16 heads, bfloat16": {"n": 2048, "h": 16, "tiles": {}, "dtype": "bfloat16"},
     "textbook": {"tiles": {}, "implementation": "standard"},
     "within 1.5 MB": {"tiles": {"memory_limit": "1.5MB"}},
     "float64": {"dtype": "float64"},

@@ -346,3 +346,17 @@ def test_plan_computes_nothing(rng):
         raise AssertionError
 
     assert plan(q, q, q, score_mod=score_mod).terms
+
+
+def test_causal_tiles_on_torch():
+    """All cores share a tile there: it is filled by many heads, or by larger parts of few."""
+    torch = pytest.importorskip("torch")
+
+    def chunks(heads, **given):
+        x = torch.empty(heads, 4096, 64)
+        found = plan(x, x, x, implementation="chunked", **given)
+        return found.query_chunk_size, found.key_chunk_size
+
+    assert chunks(3, causal=True) == chunks(1, causal=True) == (512, 512)
+    assert chunks(4, causal=True) == chunks(16, causal=True) == (256, 256)
+    assert min(chunks(16)) >= 256 < max(chunks(16))
