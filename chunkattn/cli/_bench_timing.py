@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 from statistics import quantiles
 from time import perf_counter, sleep
 from typing import Any, NamedTuple
@@ -178,8 +179,7 @@ def in_turns(
         if i >= FEWEST_ROUNDS and perf_counter() > deadline:
             break
         rates.append(gemm.operations / _sample(product, product_count))
-        first = i % len(calls)  # so that none always comes after the same other
-        for name in [*list(calls)[first:], *list(calls)[:first]]:
+        for name in Random(i).sample(list(calls), len(calls)):  # none after the same always
             samples[name].append(_sample(*calls[name]))
     return samples, rates
 
