@@ -179,7 +179,8 @@ def in_turns(
         if i >= FEWEST_ROUNDS and perf_counter() > deadline:
             break
         rates.append(gemm.operations / _sample(product, product_count))
-        for name in Random(i).sample(list(calls), len(calls)):  # none after the same always
+        # In random order, so that no way always follows the same other.
+        for name in Random(i).sample(list(calls), len(calls)):
             samples[name].append(_sample(*calls[name]))
     return samples, rates
 
