@@ -45,8 +45,6 @@ def extra_bytes(lib, function, *args, threads=1, **kwargs):
         function(*(x[:8, :] for x in args))  # what a first call loads is no part of it
         gc.collect()
         peak, results = measure(lambda: function(*args, **kwargs))
-        if measure is _of_numpy and threads == 1:  # what else allocates counts there: the calmer
-            peak = min(peak, measure(lambda: function(*args, **kwargs))[0])
     return peak - nbytes(results)
 
 

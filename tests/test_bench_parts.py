@@ -86,8 +86,7 @@ def test_ways_take_turns(monkeypatch):
     ]
     gemm = Gemm(partial(calls.append, "G"), 1.0)
     samples, rates = _bench_timing.in_turns(ready, gemm, 5, float("inf"))
-    timed = "".join(calls[-15:])
-    assert {timed[i : i + 3] for i in range(0, 15, 3)} == {"GAB", "GBA"}  # in any order
+    assert "".join(calls[-15:]) == "GBAGABGABGABGAB"  # in random order, the same in each run
     assert [len(x) for x in samples.values()] == [5, 5]
     assert len(rates) == 5
     samples, _ = _bench_timing.in_turns(ready, gemm, 5, 0.0)
