@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import gradients
 import libraries
 import numpy as np
 import pytest
+
+from chunkattn.cli._memory import of_torch_cpu
 
 WIDTH = 64
 
@@ -38,9 +39,9 @@ def extra_bytes(lib, function, *args, threads=1, **kwargs):
     """Measure one call on this library, with NumPy or PyTorch held to `threads` threads."""
     if lib.name.startswith("jax"):
         return _of_jax(function, args, kwargs)
-    measures = {"torch": _of_torch, "torch-cuda": _of_cuda, "cupy": _of_cupy}
+    measures = {"torch": of_torch_cpu, "torch-cuda": _of_cuda, "cupy": _of_cupy}
     measure = measures.get(lib.name, _of_numpy)
-    limits = {_of_numpy: _blas_threads, _of_torch: _torch_threads}
+    limits = {_of_numpy: _blas_threads, of_torch_cpu: _torch_threads}
     with limits.get(measure, nullcontext)(threads):
         function(*(x[:8, :] for x in args))  # what a first call loads is no part of it
         gc.collect()
@@ -78,25 +79,6 @@ def _of_numpy(call):
         return tracemalloc.get_traced_memory()[1], results
     finally:
         tracemalloc.stop()
-
-
-def _of_torch(call):
-    """Follow the allocator through the profiler's trace."""
-    import tempfile
-    from pathlib import Path
-
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        results = call()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    steps = [event for event in events if event["name"] == "[memory]"]
-    steps.sort(key=lambda event: event["ts"])
-    held = np.cumsum([event["args"]["Bytes"] for event in steps])
-    return int(held.max()), results
 
 
 def _of_cupy(call):

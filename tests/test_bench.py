@@ -87,8 +87,7 @@ def test_rows_of_a_framework(library, capsys, tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert {row["way"] for row in rows} - {"memory-efficient"} == ways[library]
     assert all(row["difference"] < 1e-5 for row in rows)
-    known = [row["way"] for row in rows if row["extra_bytes"] is not None]
-    assert ("chunkattn" in known) == (library == "jax")
+    assert all(row["extra_bytes"] is not None for row in rows)
 
 
 def test_flex_where_asked(capsys):
@@ -104,7 +103,7 @@ def test_yardstick_of_numpy(capsys):
     assert status(*SMALL, "--libraries", "numpy", "--peers", "sdpa", "--dtype", "float16") == 0
     for rows in tables(capsys.readouterr().out).values():
         assert list(rows) == ["chunkattn", "torch sdpa"]
-        assert rows["torch sdpa"]["memory"] == "–"
+        assert rows["torch sdpa"]["memory"].endswith("B")
 
 
 def test_json(tmp_path):

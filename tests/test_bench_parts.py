@@ -120,6 +120,21 @@ def test_attention_as_a_textbook():
     np.testing.assert_allclose(out, attention(*tokens, causal=True), atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+def test_memory_of_torch_on_a_cpu(mode):
+    """The textbook holds scores and weights at once; with gradients no less."""
+    pytest.importorskip("torch")
+    from chunkattn.cli._bench_torch import Torch
+
+    one = case(mode=mode, n_q=64, n_k=64)
+    (make,) = (c.make for c in Torch().candidates(one, ()) if c.name == "textbook")
+    held = make().memory()
+    if mode == "forward":
+        assert held == 2 * one.score_bytes
+    else:
+        assert held >= 2 * one.score_bytes
+
+
 def test_what_memory_efficient_attention_cannot_do():
     with pytest.raises(NotApplicableError, match="do not divide 1500"):
         _bench_library.check_memory_efficient(case(n_q=1500))

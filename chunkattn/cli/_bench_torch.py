@@ -19,7 +19,6 @@ from ._bench_library import (
     check_memory_efficient,
     memory_efficient,
     textbook,
-    unmeasured,
 )
 
 Array = Any
@@ -28,7 +27,7 @@ _CUDA_BACKENDS = {**_BACKENDS, "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUD
 
 
 class Torch(Library):
-    """PyTorch on the CPU, where nothing tells an operation's memory cheaply."""
+    """PyTorch on the CPU, whose memory its profiler follows."""
 
     place = "cpu"
     backends = _BACKENDS
@@ -92,7 +91,8 @@ class Torch(Library):
 
     def extra_bytes(self, call: Callable[[], Any], like: Array) -> int | None:
         """Return the peak of one call beyond its result."""
-        return unmeasured()
+        peak, result = _memory.of_torch_cpu(call)
+        return peak - _bytes(result)
 
     def _way(
         self,
@@ -121,6 +121,8 @@ class Torch(Library):
             return [x.detach().to("cpu", wide).numpy() for x in turned]
 
         def memory() -> int | None:
+            for x in tokens:
+                x.grad = None  # of earlier calls: it would be given back within this one
             with context():
                 return self.extra_bytes(call, d_out)
 
@@ -201,11 +203,15 @@ class TorchCuda(Torch):
         if meter is None or meter.measure != "allocator":
             return None
         result = call()
-        return meter.rise() - sum(int(x.nbytes) for x in result)
+        return meter.rise() - _bytes(result)
 
     def free_memory(self) -> int | None:
         """Return the device's free memory."""
         return int(self.torch.cuda.mem_get_info()[0])
+
+
+def _bytes(result: list[Array]) -> int:
+    return sum(int(x.nbytes) for x in result)
 
 
 def _turned(x: Array) -> Array:

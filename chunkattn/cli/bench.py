@@ -9,8 +9,8 @@ NumPy and JAX too, as the common measure.
 "of GEMM" is the part of the machine's rate of matrix products (NumPy's on the CPU, the library's
 own on a GPU) that is reached, where attention counts as 4 h n_q n_k d operations, half of them
 when causal, and forward and backward pass together as 3.5 times that.  Memory is the peak of one
-more call beyond its inputs and results: by tracemalloc for NumPy, the compiler's plan for JAX, the
-allocator on GPUs.  JAX is compiled, and compiled before it is timed.
+more call beyond its inputs and results: by tracemalloc for NumPy, PyTorch's profiler, the
+compiler's plan for JAX, the allocator on GPUs.  JAX is compiled, and compiled before it is timed.
 """
 
 from __future__ import annotations
