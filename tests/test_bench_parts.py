@@ -121,8 +121,8 @@ def test_attention_as_a_textbook():
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-def test_memory_of_torch_on_a_cpu(mode):
-    """The textbook holds scores and weights at once; with gradients no less."""
+def test_memory_of_torch_on_a_cpu(mode, capfd):
+    """The textbook holds scores and weights at once, with gradients no less; nothing is printed."""
     pytest.importorskip("torch")
     from chunkattn.cli._bench_torch import Torch
 
@@ -133,6 +133,7 @@ def test_memory_of_torch_on_a_cpu(mode):
         assert held == 2 * one.score_bytes
     else:
         assert held >= 2 * one.score_bytes
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_memory_efficient_attention_cannot_do():

@@ -20,7 +20,10 @@ from ._table import in_bytes, show
 
 HEADINGS = ("way", "time", "chunkattn / it", "of GEMM", "memory")
 PANELS = ("time in s", "fraction of GEMM peak", "peak extra memory in bytes")
-_LIBRARIES = ("numpy", "torch", "jax", "cupy", "ml_dtypes", "threadpoolctl", "array-api-compat")
+_LIBRARIES = (
+    *("numpy", "torch", "jax", "cupy", "ml_dtypes", "threadpoolctl", "array-api-compat"),
+    "memory-efficient-attention",
+)
 
 
 def show_tables(rows: Sequence[Row], notes: Sequence[Note]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -45,6 +46,7 @@ def of_torch_cpu(call: Callable[[], Any]) -> tuple[int, Any]:
     They are read from the profiler's trace, whose every event slows the call.  What MKL takes for
     itself is not among them.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else each profile writes to stderr
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
