@@ -84,7 +84,7 @@ class Adapter(InPlace):
     def exp_difference(self, x: Array, y: Array) -> Array:
         """Overwrite `x` with ``exp(x - y)``."""
         x -= y
-        return _exp(x)
+        return _exp(x, x.min(initial=0))
 
     def weigh(self, s: Array, top: Array) -> tuple[Array, Array, Array]:
         """Overwrite the scores with the weights.
@@ -92,7 +92,8 @@ class Adapter(InPlace):
         A maximum that is small may as well be 0, which need not be subtracted; to see that all are
         small takes less time than to find them.
         """
-        if top.max() <= SMALL and s.max() <= SMALL and s.min() >= -SMALL:
+        lowest = s.min()
+        if top.max() <= SMALL and s.max() <= SMALL and lowest >= -SMALL:
             top = np.zeros_like(top)
         else:
             largest = s.max(axis=-1, keepdims=True)
@@ -100,7 +101,8 @@ class Adapter(InPlace):
             top[(np.abs(largest) <= SMALL) & (top <= SMALL)] = 0
             if top.any():
                 s -= top
-        weights = _exp(s)
+                lowest = s.min()
+        weights = _exp(s, lowest)
         return weights, _sums(weights), top
 
     @property
@@ -167,9 +169,19 @@ def _exp2_is_fast() -> bool:
     return not any(name.startswith("baseline") for name in told)
 
 
-def _exp(x: Array) -> Array:
-    """Overwrite `x` with its exponential: as a power of 2 where that takes less time."""
-    if not _exp2_is_fast():
+@cache
+def _lowest(dtype: Any) -> float:
+    """Return the logarithm of the smallest normal number."""
+    return float(np.log(np.finfo(dtype).smallest_normal))
+
+
+def _exp(x: Array, lowest: float) -> Array:
+    """Overwrite `x`, which has nothing below `lowest`, with its exponential.
+
+    As a power of 2 where that takes less time: not where it underflows, which NumPy's vectors leave
+    to a function that takes ten times as long for zeros, and eighty for subnormal numbers.
+    """
+    if not (_exp2_is_fast() and lowest > _lowest(x.dtype)):  # it may be NaN
         return np.exp(x, out=x)
     x *= LOG2_E
     return np.exp2(x, out=x)

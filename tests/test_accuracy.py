@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from array_api_compat import array_namespace
 
-from chunkattn import attention
+from chunkattn import attention, attention_vjp
 
 # By number of queries and of keys: cases, which one call computes side by side as a batch.
 CASES = {
@@ -110,3 +110,25 @@ def test_both_exponentials_of_numpy(monkeypatch, fast):
     monkeypatch.setattr(adapter, "_exp2_is_fast", lambda: fast)
     for dtype in ("float32", "float64"):
         check(errors(libraries.library("numpy"), dtype), dtype)
+
+
+def test_no_power_of_2_underflows_in_numpy(monkeypatch, rng):
+    """NumPy's vectors take many times as long for zeros and subnormal numbers."""
+    adapter = import_module("chunkattn.backends.numpy")
+    monkeypatch.setattr(adapter, "_exp2_is_fast", lambda: True)
+    plain, least = np.exp2, []
+
+    def exp2(x, out):
+        least.append((x.dtype, x.min()))
+        return plain(x, out=out)
+
+    monkeypatch.setattr(np, "exp2", exp2)
+    for dtype in (np.float32, np.float64):
+        query, key, value = rng.standard_normal((3, 2, 64, 16)).astype(dtype)
+        away = -20.0 * abs(np.subtract.outer(np.arange(64), np.arange(64))).astype(dtype)
+        for keywords in ({}, {"causal": True}, {"scale": 99.0}, {"bias": away}):
+            chunks = {"query_chunk_size": 32, "key_chunk_size": 16}
+            out, vjp = attention_vjp(query, key, value, **keywords, **chunks)
+            vjp(out)
+        assert least[-1][0] == dtype
+    assert all(x >= np.finfo(dtype).minexp for dtype, x in least)
