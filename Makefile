@@ -20,7 +20,8 @@ RECORD := .capabilities/record.json
 GPU_RECORD := benchmarks/results/gpu-tests.json
 # The folders are listed too: their time tells that a file was removed.
 SOURCES := $(shell find chunkattn backends -name __pycache__ -prune -o -print)
-PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
+# In small batches: what a worker is sent while a test measures its memory is counted with it.
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist load --maxschedchunk 50
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
