@@ -124,6 +124,11 @@ def textbook(xp: Any, softmax: Callable[[Array], Array], case: Case) -> Callable
     return attend
 
 
+def nbytes(result: list[Array]) -> int:
+    """Return the size of the arrays of a result."""
+    return sum(int(x.nbytes) for x in result)
+
+
 def split(x: Array, case: Case) -> Array:
     """Return (1, h, n, d) as (1, h_k, h / h_k, n, d), where heads are grouped."""
     if not case.grouped:

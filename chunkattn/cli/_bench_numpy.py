@@ -16,6 +16,7 @@ from ._bench_library import (
     Library,
     NotApplicableError,
     Way,
+    nbytes,
     split,
     split_keys,
     textbook,
@@ -75,7 +76,7 @@ class NumPy(Library):
         tracemalloc.start()
         try:
             result = call()
-            return tracemalloc.get_traced_memory()[1] - _bytes(result)
+            return tracemalloc.get_traced_memory()[1] - nbytes(result)
         finally:
             tracemalloc.stop()
 
@@ -179,15 +180,11 @@ class CuPy(NumPy):
         if meter is None or meter.measure != "allocator":
             return None
         result = self.wait(call())
-        return max(0, meter.rise() - _bytes(result))
+        return max(0, meter.rise() - nbytes(result))
 
     def free_memory(self) -> int | None:
         """Return the device's free memory."""
         return int(self.xp.cuda.Device().mem_info[0])
-
-
-def _bytes(result: list[Array]) -> int:
-    return sum(int(x.nbytes) for x in result)
 
 
 def _maker(way: Callable[..., Way], bind: Callable[..., Any], *args: Any) -> Callable[[], Way]:

@@ -18,6 +18,7 @@ from ._bench_library import (
     causal_chunks,
     check_memory_efficient,
     memory_efficient,
+    nbytes,
     textbook,
 )
 
@@ -92,7 +93,7 @@ class Torch(Library):
     def extra_bytes(self, call: Callable[[], Any], like: Array) -> int | None:
         """Return the peak of one call beyond its result."""
         peak, result = _memory.of_torch_cpu(call)
-        return peak - _bytes(result)
+        return peak - nbytes(result)
 
     def _way(
         self,
@@ -203,15 +204,11 @@ class TorchCuda(Torch):
         if meter is None or meter.measure != "allocator":
             return None
         result = call()
-        return meter.rise() - _bytes(result)
+        return meter.rise() - nbytes(result)
 
     def free_memory(self) -> int | None:
         """Return the device's free memory."""
         return int(self.torch.cuda.mem_get_info()[0])
-
-
-def _bytes(result: list[Array]) -> int:
-    return sum(int(x.nbytes) for x in result)
 
 
 def _turned(x: Array) -> Array:
