@@ -178,8 +178,8 @@ def _lowest(dtype: Any) -> float:
 def _exp(x: Array, lowest: float) -> Array:
     """Overwrite `x`, which has nothing below `lowest`, with its exponential.
 
-    As a power of 2 where that takes less time: not where it underflows, which NumPy's vectors leave
-    to a function that takes ten times as long for zeros, and eighty for subnormal numbers.
+    As a power of 2 where that takes less time: not where it underflows, for which NumPy's vectors
+    take many times as long.
     """
     if not (_exp2_is_fast() and lowest > _lowest(x.dtype)):  # it may be NaN
         return np.exp(x, out=x)
