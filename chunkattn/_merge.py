@@ -7,7 +7,7 @@ from functools import partial, reduce
 from typing import Any
 
 from ._adapters import common_adapter, is_array
-from ._checks import choice
+from ._checks import choice, compute_dtype_of
 from ._partial import combine, finish, unfinish
 from ._problem import lse_to_caller, out_to_caller, to_heads
 from ._request import LAYOUTS
@@ -54,7 +54,8 @@ def merge(*partials: tuple[Array, Array], layout: str = "hnd") -> tuple[Array, A
     Notes
     -----
     Associative and commutative up to rounding; ``(0, -inf)`` is the identity.  `sinks` count once:
-    give them to one of the partials only.
+    give them to one of the partials only.  Computed in the dtype of `lse`, of float16 and bfloat16
+    in float32.
 
     Examples
     --------
@@ -104,8 +105,14 @@ def _check_partials(xp: Any, arrays: list[tuple[str, Array]], layout: str) -> No
 
 
 def _merge(xp: Any, form: Form, arrays: dict[str, Any]) -> tuple[Array, ...]:
-    summaries = (unfinish(xp, *to_heads(xp, form, out, lse)) for out, lse in arrays["partials"])
-    return finished(xp, form, reduce(partial(combine, xp), summaries))
+    dtype = arrays["partials"][0][1].dtype
+    compute = compute_dtype_of(xp, dtype, None)
+    summaries = (
+        unfinish(xp, *to_heads(xp, form, out, xp.cast(lse, compute)))
+        for out, lse in arrays["partials"]
+    )
+    out, lse = finished(xp, form, reduce(partial(combine, xp), summaries))
+    return out, xp.cast(lse, dtype)
 
 
 def finished(xp: Any, form: Form, summary: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -75,6 +75,22 @@ def test_merge_headless(lib, check, rng):
     compare(check, answer, *lib.call(merge, one, two), [one, two])
 
 
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_merge_of_half_precision(lib, name):
+    """Like the merge of the same numbers in float32, rounded once."""
+    if name not in lib.dtypes:
+        pytest.skip(f"the library has no {name}")
+    rng = np.random.default_rng(0)
+    pairs = [(rng.standard_normal((4, 7, 5)), rng.standard_normal((4, 7)) * 9) for _ in "abc"]
+    half = [tuple(lib.asarray(x, name) for x in pair) for pair in pairs]
+    wide = [tuple(lib.numpy(x).astype(np.float32) for x in pair) for pair in half]
+    found = lib.call(merge, *half)
+    for x, given, right in zip(found, half[0], merge(*wide), strict=True):
+        assert x.dtype == given.dtype
+        bound = lib.eps(name)
+        np.testing.assert_allclose(lib.numpy(x), right, rtol=bound, atol=bound * 1e-2)
+
+
 @pytest.mark.feature("merge")
 def test_merge_identity(lib, tokens):
     """``(0, -inf)`` changes nothing, however often and wherever it stands."""
