@@ -94,7 +94,7 @@ class Adapter(InPlace):
         """
         lowest = s.min()
         if top.max() <= SMALL and s.max() <= SMALL and lowest >= -SMALL:
-            top = np.zeros_like(top)
+            top = np.zeros_like(top) if top.any() else top
         else:
             largest = s.max(axis=-1, keepdims=True)
             top = np.maximum(top, largest)

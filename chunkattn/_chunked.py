@@ -62,8 +62,9 @@ def _attend_chunk(workspace: Array | None, tile: Tile, summary: Summary) -> Summ
     """Return the summary with one more chunk of keys in it."""
     xp, (acc, total, top) = tile.xp, summary
     weights, more, new = xp.weigh(scores(tile, workspace), top)
-    shrink = xp.exp(top - new)
-    total *= shrink
+    if new is not top:
+        shrink = xp.exp(top - new)
+        total *= shrink
+        acc *= shrink
     total += more
-    acc *= shrink
     return gather_onto(tile, acc, weights, tile.value), total, new
