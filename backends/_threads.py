@@ -49,6 +49,13 @@ class _Blas:
             if give_up is not None:
                 give_up(force=True)
 
+    def cores(self) -> set[str]:
+        """Return the kinds of CPU whose kernels the libraries take; "" if one does not tell."""
+        if threadpoolctl is None:
+            return set()
+        with self.lock:
+            return {getattr(library, "architecture", None) or "" for library in self._find()}
+
     def share(self) -> int:
         """Return how many threads a call that starts now should take."""
         if threadpoolctl is None:
@@ -89,6 +96,13 @@ class _Blas:
                 library.set_num_threads(1)
 
 
+class _Here(threading.local):
+    """How many tasks the call has whose task runs in this thread; 0 outside of calls."""
+
+    tasks = 0
+
+
+_here = _Here()
 _blas = _Blas()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_blas.after_fork)
@@ -97,6 +111,29 @@ if hasattr(os, "register_at_fork"):
 def share() -> int:
     """Return how many threads a call that starts now should take: those that BLAS would."""
     return _blas.share()
+
+
+def cores() -> set[str]:
+    """Return the kinds of CPU whose kernels the BLAS libraries of the process take.
+
+    As OpenBLAS names them; "" for another BLAS, and no kind at all where threadpoolctl is missing.
+    """
+    return _blas.cores()
+
+
+@contextmanager
+def task(one_of: int) -> Iterator[None]:
+    """Run one of so many tasks of a call."""
+    before, _here.tasks = _here.tasks, one_of
+    try:
+        yield
+    finally:
+        _here.tasks = before
+
+
+def one_of_several() -> bool:
+    """Whether this code is one of several tasks of a call, and BLAS has one thread in it."""
+    return _here.tasks > 1
 
 
 def run_all(task: Callable[[int], None], count: int, threads: int) -> None:

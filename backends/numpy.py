@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _threads, generic
+from . import _pieces, _threads, generic
 from ._sizes import Footprint
 from .generic import LOG2_E, SMALL, Array, Index, State
 
@@ -43,11 +43,18 @@ class InPlace(generic.Adapter):
         """Return ``a @ b``, in `workspace` where there is one."""
         if workspace is None:
             return self.library.matmul(a, b)
+        return self.library.matmul(a, b, out=self.space(workspace, a, b))
+
+    @staticmethod
+    def space(workspace: Array | None, a: Array, b: Array) -> Array:
+        """Return memory for ``a @ b``, in `workspace` where there is one."""
         lead = a.shape[:-2]
         if lead != b.shape[:-2]:
             lead = np.broadcast_shapes(lead, b.shape[:-2])
         shape = (*lead, a.shape[-2], b.shape[-1])
-        return self.library.matmul(a, b, out=workspace[: prod(shape)].reshape(shape))
+        if workspace is None:
+            return np.empty(shape, a.dtype)
+        return workspace[: prod(shape)].reshape(shape)
 
     def matrix_transpose(self, x: Array) -> Array:
         """Return a view with the last two axes exchanged."""
@@ -106,6 +113,11 @@ class Adapter(InPlace):
         return weights, _sums(weights), top
 
     @property
+    def footprint(self) -> Footprint:  # type: ignore[override]
+        """What NumPy holds of its own, on this CPU."""
+        return _footprint()
+
+    @property
     def floats(self) -> dict[str, Any]:
         """NumPy's dtypes, and bfloat16 once ml_dtypes is loaded."""
         found = {"float16": np.float16, "float32": np.float32, "float64": np.float64}
@@ -134,18 +146,28 @@ class Adapter(InPlace):
         done: Callable[[], None] | None = None,
     ) -> State:
         """Run the steps on as many threads as BLAS would use."""
-        threads = self.at_once(count)
-        if threads < 2:
-            return super().each(step, state, count, done)
+
+        def one(state: State, i: Index) -> State:
+            with _threads.task(one_of=count), np.errstate(all="ignore"):
+                return step(state, i)
 
         def task(i: int) -> None:
-            with np.errstate(all="ignore"):
-                step(state, i)
+            one(state, i)
             if done is not None:
                 done()
 
+        threads = self.at_once(count)
+        if threads < 2:
+            return super().each(one, state, count, done)
         _threads.run_all(task, count, threads)
         return state
+
+    def matmul(self, a: Array, b: Array, workspace: Array | None = None) -> Array:
+        """Return ``a @ b``, in `workspace` where there is one; in a task, piece by piece."""
+        if not (_threads.one_of_several() and a.dtype.char in "fd" and _pieces_are_fast()):
+            return super().matmul(a, b, workspace)
+        out = self.space(workspace, a, b)
+        return out if _pieces.fill(out, a, b) else np.matmul(a, b, out=out)
 
     def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
         """Call the algorithm on base-class arrays, and let inf and NaN pass without warnings."""
@@ -167,6 +189,20 @@ def _exp2_is_fast() -> bool:
     loops = introspect.opt_func_info(func_name="^exp2$").get("exp2", {}) if introspect else {}
     told = [loops.get(name, {}).get("current", "baseline") for name in ("ff", "dd")]
     return not any(name.startswith("baseline") for name in told)
+
+
+@cache
+def _pieces_are_fast() -> bool:
+    """Whether NumPy's BLAS is an OpenBLAS with kernels that `_pieces` is for.
+
+    The threads of its tasks are the only ones then: only with threadpoolctl is that known.
+    """
+    return _threads.cores() == {"SkylakeX"}
+
+
+@cache
+def _footprint() -> Footprint:
+    return InPlace.footprint._replace(ordered_above=_pieces.LIMIT if _pieces_are_fast() else None)
 
 
 @cache

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -21,6 +21,7 @@ from time import perf_counter
 
 import numpy as np
 import threadpoolctl
+from chunkattn.backends import _threads
 from machine import about, write
 
 from chunkattn import attention
@@ -101,7 +102,10 @@ def report(given):
             steps = Steps(library, d)
             rounds, calls = [], []
             for _ in range(given.rounds):
-                with threadpoolctl.threadpool_limits(1, user_api="blas") if one else nullcontext():
+                with ExitStack() as stack:
+                    if one:
+                        stack.enter_context(threadpoolctl.threadpool_limits(1, user_api="blas"))
+                        stack.enter_context(_threads.task(one_of=2))
                     rounds.append([steps.timed() for _ in range(8)][-1])
                 calls.append(steps.called())
             share = 1 if one else number

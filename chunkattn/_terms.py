@@ -134,7 +134,10 @@ class Counted:
             self.term("objects of Python", own.objects, number=1),
             *_fullest(
                 *self._functions(),
-                [self.term("keys, widened", wide, *KEYS, "d")],
+                [
+                    self.term("keys, widened", wide, *KEYS, "d"),
+                    self._ordered(spec.tasks, "d"),
+                ],
                 [weights, hashed],
                 [
                     weights,
@@ -183,6 +186,11 @@ class Counted:
             self.term("objects of Python", own.objects, number=1),
             *_fullest(
                 *self._functions(),
+                [
+                    visible,
+                    self.term("keys or values, widened", wide, *KEYS, width),
+                    self._ordered(spec.blocks, width),
+                ],
                 [visible, self.term("inverted", own.inverses * unseen, *SCORES, number=1)],
                 [visible, self.term("hash for dropout", own.hashes * drops, *SCORES, number=2)],
                 [visible, self.term("derivative of the softcap", int(chained), *SCORES)],
@@ -243,6 +251,14 @@ class Counted:
             ),
             self.term("objects of threads", min(own.buffers, scores), number=4),
         ]
+
+    def _ordered(self, tasks: int, width: str) -> Term:
+        """Return what a product with a tile's keys or values copies of them."""
+        sizes, above = self.spec.schedule, self.footprint.ordered_above
+        depth = self.d if width == "d" else self.spec.d_v
+        size = self.spec.group * sizes.query_chunk * sizes.key_chunk * depth
+        copies = int(tasks > 1 and above is not None and size > above)
+        return self.term("keys or values in another order", copies, *KEYS, width)
 
     def _functions(self) -> Iterable[list[Term]]:
         """Yield the moments in which masks and functions of the caller are evaluated."""
