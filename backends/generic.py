@@ -127,6 +127,13 @@ class Adapter:
         """Where `x` lives; None where that cannot be told."""
         return array_api_compat.device(x)
 
+    def setting(self, like: Array) -> Any:
+        """Return what a call depends on beside shapes, dtypes and keywords: the device, modes.
+
+        None where that cannot be told: such a call is checked anew each time.
+        """
+        return self.device(like)
+
     def tile_sizes(self, like: Array) -> TileSizes:
         """Return the sizes of tiles that suit the device of `like`; here those for a CPU."""
         return of_cpu(rows=1024)

@@ -75,7 +75,7 @@ class Adapter(generic.Adapter):
     @property
     def index_dtype(self) -> Any:
         """JAX's default integer: int64 where that is enabled."""
-        return jnp.asarray(0).dtype
+        return jnp.dtype("int64" if jax.config.jax_enable_x64 else "int32")
 
     @property
     def floats(self) -> dict[str, Any]:
@@ -100,6 +100,8 @@ class Adapter(generic.Adapter):
 
     def traced(self, x: Any) -> bool:
         """Whether an array, or any in a nest of dicts and tuples, is a tracer."""
+        if isinstance(x, jax.Array):
+            return isinstance(x, jax.core.Tracer)
         return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
 
     def device(self, x: Array) -> Any:
@@ -107,6 +109,10 @@ class Adapter(generic.Adapter):
         if self.traced(x) or not x.committed:
             return None
         return frozenset(x.devices())
+
+    def setting(self, like: Array) -> Any:
+        """Return the platform, and whether there are 64-bit numbers."""
+        return self._platform(like), jax.config.jax_enable_x64
 
     def tile_sizes(self, like: Array) -> TileSizes:
         """Return the sizes for the device of `like`, of a tracer for JAX's default."""

@@ -62,10 +62,10 @@ class Mapped:
         """Return shape and dtype of each result."""
 
         def one(x: Any, dim: int | None) -> Any:
-            shape = jax.numpy.shape(x)
+            shape = tuple(x.shape)
             if dim is not None:
                 shape = shape[:dim] + shape[dim + 1 :]
-            return jax.ShapeDtypeStruct(shape, jax.typeof(x).dtype)
+            return jax.ShapeDtypeStruct(shape, x.dtype)
 
         flat = jax.tree.leaves((data, inputs))
         ones = map(one, flat, self.dims)
@@ -132,8 +132,9 @@ class Mapped:
             found: Arrays = self.operation.cotangent(apply, spec, *arrays, wanted)
             return found
 
-        found = self._vmap(rule, *self.axes, 0, 0)(data, inputs, outputs, cotangents)
-        axes = self.axes[1]
+        of_data, axes = self.axes
+        given = {name: axes[name] for name in inputs}
+        found = self._vmap(rule, of_data, given, 0, 0)(data, inputs, outputs, cotangents)
         return {
             name: x.sum(axis=0) if axes[name] is None else jax.numpy.moveaxis(x, 0, axes[name])
             for name, x in found.items()

@@ -1,175 +1,187 @@
 """JAX's transformations of operations that come with rules for their derivatives.
 
-A `HiPrim` (`VJPHiPrimitive` before JAX 0.11) has rules for forward and reverse mode at once; in a
-JAX without it, a `jax.custom_vjp` stands in, which refuses forward mode.
+Two primitives of JAX stand for every operation and its tangent, with the rules that JAX asks of any
+(https://docs.jax.dev/en/latest/jax-primitives.html).  Forward mode takes the operation's rule for
+tangents.  To JAX, reverse mode is forward mode with what is linear in it transposed: the transpose
+of the tangent is the operation's rule for gradients.
+
+A function with these in it is to `jax.jit` as any other: its compiled calls need no Python, which
+those with a primitive of `jax.experimental.hijax` do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from .generic import Array
 from .jax_mapped import Mapped
 from .jax_types import axes_of, shaped, vary
 
-try:
-    from jax.experimental import hijax
-    from jax.experimental.hijax import Zero, instantiate_zeros
-except ImportError:
-    hijax = None
-HiPrim = getattr(hijax, "HiPrim", None) or getattr(hijax, "VJPHiPrimitive", None)
-
 Arrays = dict[str, Array]
+
+primitive, tangent_primitive = Primitive("chunkattn"), Primitive("chunkattn_tangent")
 
 
 def apply(adapter: Any, operation: Any, spec: Any, data: dict[str, Any], inputs: Arrays) -> Arrays:
     """Return the operation's results, so that JAX can differentiate and batch them."""
-    data, inputs = vary((data, inputs), axes_of(data, inputs))
-    if HiPrim is None:
-        return _with_vjp(adapter, operation, spec)(data, inputs)
-    found: Arrays = Primitive(adapter, operation, spec, data, inputs)(data, inputs)
-    return found
+    return _bound(primitive, adapter, operation, spec, data, inputs)
 
 
-def _cotangent(
-    adapter: Any,
-    operation: Any,
-    spec: Any,
-    kept: tuple[dict[str, Any], Arrays, Arrays],
-    bars: Arrays,
-    wanted: tuple[str, ...],
-) -> Arrays:
-    """Call the operation's rule for gradients."""
-
-    def again(*call: Any) -> Arrays:
-        return apply(adapter, *call)
-
-    found: Arrays = operation.cotangent(again, spec, *kept, bars, wanted)
-    return found
+def _bound(which: Any, adapter: Any, operation: Any, spec: Any, *arrays: dict[str, Any]) -> Arrays:
+    """Return the results of a primitive by name."""
+    arrays = jax.tree.map(jax.numpy.asarray, arrays)
+    flat, tree = jax.tree.flatten(vary(arrays, axes_of(arrays)))
+    found = which.bind(*flat, call=Call(adapter, operation, spec, tree))
+    return dict(zip(operation.outputs, found, strict=True))
 
 
-def _with_vjp(adapter: Any, operation: Any, spec: Any) -> Callable[..., Arrays]:
-    """Return the operation of ``(data, inputs)`` by means of `jax.custom_vjp`."""
-
-    @jax.custom_vjp  # type: ignore[untyped-decorator]
-    def call(data: dict[str, Any], inputs: Arrays) -> Arrays:
-        found: Arrays = operation(adapter, spec, data, inputs)
-        return found
-
-    def forward(data: dict[str, Any], inputs: Arrays) -> tuple[Arrays, Any]:
-        results = apply(adapter, operation.with_residuals(spec), spec, data, inputs)
-        return {name: results[name] for name in operation.outputs}, (data, inputs, results)
-
-    def backward(kept: Any, bars: Arrays) -> tuple[None, Arrays]:
-        return None, _cotangent(adapter, operation, spec, kept, bars, tuple(kept[1]))
-
-    call.defvjp(forward, backward)
-    return call  # type: ignore[no-any-return]
-
-
-@jax.tree_util.register_static
 @dataclass(frozen=True)
-class Names:
-    """Names of arrays, among residuals."""
+class Call:
+    """What is static in a call of a primitive, whose arrays come flat.
 
-    names: tuple[str, ...]
-
-
-class Primitive(HiPrim or object):  # type: ignore[misc]
-    """An operation on ``(data, inputs)`` as one primitive."""
+    These are `data` and `inputs` of the operation; of the tangent also `results`, and the tangents
+    of the inputs that move.
+    """
 
     adapter: Any
     operation: Any
     spec: Any
+    tree: Any
 
-    def __init__(
-        self, adapter: Any, operation: Any, spec: Any, data: dict[str, Any], inputs: Arrays
-    ) -> None:
-        self.in_avals = jax.tree.map(jax.typeof, (data, inputs))
-        shapes, axes = operation.shapes(spec, data, inputs), axes_of(data, inputs)
-        self.out_aval = {name: shaped(shapes[name], axes) for name in operation.outputs}
-        flat, tree = jax.tree.flatten(self.in_avals)
-        self.params = {
-            "adapter": adapter, "operation": operation, "spec": spec, "types": (tuple(flat), tree),
-        }  # fmt: skip
-        super().__init__()
+    def arrays(self, flat: Any) -> tuple[dict[str, Any], ...]:
+        """Return the arrays by name."""
+        found: tuple[dict[str, Any], ...] = jax.tree.unflatten(self.tree, flat)
+        return found
 
-    def expand(self, data: dict[str, Any], inputs: Arrays) -> Arrays:
-        """Compute."""
-        found = self.operation(self.adapter, self.spec, data, inputs)
+    def flat(self, found: Arrays) -> list[Array]:
+        """Return results in their order."""
+        return [found[name] for name in self.operation.outputs]
+
+    def again(self, operation: Any, spec: Any, data: dict[str, Any], inputs: Arrays) -> Arrays:
+        """Call an operation, as rules do."""
+        return apply(self.adapter, operation, spec, data, inputs)
+
+    def compute(self, data: dict[str, Any], inputs: Arrays) -> Arrays:
+        """Return the operation's results."""
+        found: Arrays = self.operation(self.adapter, self.spec, data, inputs)
         varied: Arrays = vary(found, axes_of(data, inputs))
         return varied
 
-    def _tangent(self, kept: tuple[dict[str, Any], Arrays, Arrays], tangents: Arrays) -> Arrays:
-        """Return the tangents of the outputs from those of the inputs that are not zero."""
-        moves = {name: x for name, x in tangents.items() if not isinstance(x, Zero)}
-        if self.operation.tangent is not None:
-            found: Arrays = self.operation.tangent(self._apply, self.spec, *kept, moves)
-            still = {name: jax.numpy.zeros_like(kept[2][name]) for name in self.operation.residuals}
+    def tangents(
+        self, data: dict[str, Any], inputs: Arrays, results: Arrays, moves: Arrays
+    ) -> Arrays:
+        """Return the tangents of the results, from those of the inputs that move."""
+        operation, spec = self.operation, self.spec
+        if operation.tangent is not None:
+            found: Arrays = operation.tangent(self.again, spec, data, inputs, results, moves)
+            still = {name: jax.numpy.zeros_like(results[name]) for name in operation.residuals}
             return found | still
-        data, inputs, _ = kept
-        results = self.operation.results_tangent(self._apply, self.spec, data, inputs, moves)
+        moving = operation.results_tangent(self.again, spec, data, inputs, moves)
 
-        def of_moving(results: Arrays, moving: Arrays) -> Arrays:
-            return self.expand(data | results, inputs | moving)
+        def of_moving(results: Arrays, moved: Arrays) -> Arrays:
+            return self.compute(data | results, inputs | moved)
 
-        points = ({name: data[name] for name in results}, {name: inputs[name] for name in moves})
-        _, found = jax.jvp(of_moving, points, (results, moves))
+        points = ({name: data[name] for name in moving}, {name: inputs[name] for name in moves})
+        _, found = jax.jvp(of_moving, points, (moving, moves))
         return found
 
-    def _apply(self, *call: Any) -> Arrays:
-        return apply(self.adapter, *call)
+    def moved(self, *arrays: dict[str, Any]) -> list[Array]:
+        """Return the `tangents` by their primitive, which can be transposed."""
+        return self.flat(
+            _bound(tangent_primitive, self.adapter, self.operation, self.spec, *arrays)
+        )
 
-    def _kept(self, *args: Any) -> tuple[Arrays, Any]:
-        """Return the outputs, and what derivatives need: the arguments and all results."""
-        results = self._apply(self.operation.with_residuals(self.spec), self.spec, *args)
-        return {name: results[name] for name in self.operation.outputs}, (*args, results)
 
-    def jvp(self, primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
-        """Forward mode."""
-        outputs, kept = self._kept(*primals)
-        return outputs, self._tangent(kept, tangents[1])
+def _compute(*flat: Array, call: Call) -> list[Array]:
+    return call.flat(call.compute(*call.arrays(flat)))
 
-    def lin(self, _: Any, *args: Any) -> tuple[Arrays, Any]:
-        """Forward mode at a point that stays: the outputs, and what the tangents need."""
-        return self._kept(*args)
 
-    def linearized(self, kept: Any, _: Any, tangents: Any) -> Arrays:
-        """Forward mode at a point that stays: the tangents."""
-        return self._tangent(kept, tangents)
+def _move(*flat: Array, call: Call) -> list[Array]:
+    return call.flat(call.tangents(*call.arrays(flat)))
 
-    def vjp_fwd(self, nonzero: Any, *args: Any) -> tuple[Arrays, Any]:
-        """Reverse mode: the outputs, and what the gradients need."""
-        outputs, kept = self._kept(*args)
-        wanted = Names(tuple(name for name, wants in nonzero[1].items() if wants))
-        return outputs, (*kept, wanted)
 
-    def vjp_bwd(self, kept: Any, bars: Arrays, _: Any, totals: Any) -> None:
-        """Reverse mode: add the gradients to their totals."""
-        self._pull(kept[:-1], bars, kept[-1].names, totals)
+def _types(*flat: Any, call: Call) -> list[Any]:
+    """Return the types of the results, or of their tangents, from those of the arguments."""
+    shapes = call.operation.shapes(call.spec, *call.arrays(flat)[:2])
+    return [shaped(shapes[name], axes_of(*flat)) for name in call.operation.outputs]
 
-    def _pull(self, kept: Any, bars: Arrays, wanted: tuple[str, ...], totals: Any) -> None:
-        bars = {name: instantiate_zeros(x) for name, x in bars.items()}
-        found = _cotangent(self.adapter, self.operation, self.spec, kept, bars, wanted)
-        for name, gradient in found.items():
-            totals[name].accum(gradient)
 
-    def transpose(self, bars: Arrays, data: Any, inputs: Any) -> None:
-        """Reverse mode of what is linear in some inputs, which come as their totals."""
-        known = {name: x for name, x in inputs.items() if not hasattr(x, "accum")}
-        wanted = tuple(name for name in inputs if name not in known)
-        self._pull((data, known, {}), bars, wanted, inputs)
+def _nonzero(tangents: Arrays) -> Arrays:
+    return {name: x for name, x in tangents.items() if not isinstance(x, ad.Zero)}
 
-    def batch(self, axis: Any, args: Any, dims: Any) -> tuple[Arrays, dict[str, int | None]]:
-        """Batching: the same operation, mapped."""
-        flat, tree = jax.tree.flatten(dims, is_leaf=lambda x: x is None)
-        if all(dim is None for dim in flat):
-            alone: Arrays = self(*args)
-            return alone, dict.fromkeys(alone)
-        mapped = Mapped(self.operation, axis.size, axis.spmd_name, tuple(flat), tree)
-        found = apply(self.adapter, mapped, self.spec, *args)
-        return found, dict.fromkeys(found, 0)
+
+def _jvp(primals: Any, tangents: Any, *, call: Call) -> tuple[list[Array], list[Array]]:
+    """Forward mode: the results, computed with what the rules need, and their tangents."""
+    (data, inputs), (_, moves) = call.arrays(primals), call.arrays(tangents)
+    results = call.again(call.operation.with_residuals(call.spec), call.spec, data, inputs)
+    return call.flat(results), call.moved(data, inputs, results, _nonzero(moves))
+
+
+def _jvp_of_tangent(primals: Any, tangents: Any, *, call: Call) -> tuple[list[Array], list[Array]]:
+    """Forward mode of tangents, which are linear in the moves alone."""
+    *still, moves = call.arrays(tangents)
+    if not any(map(_nonzero, still)):
+        found = tangent_primitive.bind(*primals, call=call)
+        return found, call.moved(*call.arrays(primals)[:3], _nonzero(moves))
+    dense = tuple(map(ad.instantiate_zeros, tangents))
+    outputs, moved = jax.jvp(partial(_move, call=call), tuple(primals), dense)
+    return outputs, moved
+
+
+def _transpose(bars: Any, *flat: Any, call: Call) -> list[Array | None]:
+    """Return the gradients of what is not there: the last arrays, or some of them."""
+    data, inputs, *rest = call.arrays(flat)
+    results, moves = rest or ({}, inputs)
+    wanted = tuple(name for name, x in moves.items() if ad.is_undefined_primal(x))
+    if not rest:
+        inputs = {name: x for name, x in inputs.items() if name not in wanted}
+    named = dict(zip(call.operation.outputs, map(ad.instantiate_zeros, bars), strict=True))
+    found = call.operation.cotangent(call.again, call.spec, data, inputs, results, named, wanted)
+    places = call.arrays(range(len(flat)))[-1]
+    gradients: list[Array | None] = [None] * len(flat)
+    for name in wanted:
+        gradients[places[name]] = found[name]
+    return gradients
+
+
+def _batch(axis: Any, flat: Any, dims: Any, *, call: Call) -> tuple[list[Array], Any]:
+    """Return the results of the same operation, mapped."""
+    mapped = Mapped(call.operation, axis.size, axis.spmd_name, tuple(dims), call.tree)
+    found = call.again(mapped, call.spec, *call.arrays(flat))
+    return list(found.values()), [0] * len(found)
+
+
+def _batch_tangent(axis: Any, flat: Any, dims: Any, *, call: Call) -> tuple[list[Array], Any]:
+    """Return the tangents of each entry."""
+    names = {"axis_size": axis.size, "spmd_axis_name": axis.spmd_name}
+    found = jax.vmap(partial(_move, call=call), in_axes=tuple(dims), **names)(*flat)
+    return found, [0] * len(found)
+
+
+def _register(which: Any, compute: Any, jvp: Any, batch: Any) -> None:
+    """Give a primitive its rules."""
+
+    def batched(axis: Any, flat: Any, dims: Any, *, call: Call) -> tuple[list[Array], Any]:
+        if any(dim is not None for dim in dims):
+            found: tuple[list[Array], Any] = batch(axis, flat, dims, call=call)
+            return found
+        alone = which.bind(*flat, call=call)
+        return alone, [None] * len(alone)
+
+    which.multiple_results = True
+    which.def_impl(compute)
+    which.def_abstract_eval(_types)
+    ad.primitive_jvps[which] = jvp
+    ad.primitive_transposes[which] = _transpose
+    batching.fancy_primitive_batchers[which] = batched
+    mlir.register_lowering(which, mlir.lower_fun(compute, multiple_results=True))
+
+
+_register(primitive, _compute, _jvp, _batch)
+_register(tangent_primitive, _move, _jvp_of_tangent, _batch_tangent)

@@ -26,10 +26,10 @@ _typeof = getattr(jax, "typeof", None) or jax.core.get_aval
 
 
 def axes_of(*trees: Any) -> frozenset[Any]:
-    """Return the axes of a mesh that any array of the trees varies over."""
+    """Return the axes of a mesh that any array, or type of one, of the trees varies over."""
     found: set[Any] = set()
     for x in jax.tree.leaves(trees):
-        kind = _typeof(x)
+        kind = x if isinstance(x, jax.core.ShapedArray) else _typeof(x)
         kind = getattr(kind, "manual_axis_type", kind)
         found.update(getattr(kind, "varying", getattr(kind, "vma", ())))
     return frozenset(found)

@@ -80,7 +80,13 @@ def tensors_in(x: Any) -> list[Array]:
         x = x.values()
     elif not isinstance(x, tuple | list):
         return []
-    return [tensor for y in x for tensor in tensors_in(y)]
+    found: list[Array] = []
+    for y in x:
+        if isinstance(y, torch.Tensor):
+            found.append(y)
+        elif isinstance(y, dict | tuple | list):
+            found += tensors_in(y)
+    return found
 
 
 def _rebuilt(x: Any, numbers: Iterator[int]) -> Any:

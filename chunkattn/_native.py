@@ -60,7 +60,12 @@ def operation(
         if kernel is None or not better:
             return _tiles(request, return_lse), why
     causal, scale = _causal(request.spec, request.data), request.data["scale"]
-    return Native(kernel, bool(causal), scale, return_lse), f"{kernel}: {why}"
+    return _native(kernel, bool(causal), scale, return_lse), f"{kernel}: {why}"
+
+
+@lru_cache
+def _native(kernel: Any, causal: bool, scale: float, return_lse: bool) -> Native:
+    return Native(kernel, causal, scale, return_lse)
 
 
 def _tiles(request: Request, return_lse: bool) -> Forward:

@@ -66,12 +66,13 @@ def make_request(query: Array, key: Array, value: Array, **given: Any) -> Reques
         return _checked(query, key, value, **given)
     tokens = {"query": query, "key": key, "value": value}
     xp = common_adapter(tokens.items())
-    device = xp.device(query)
-    if device is None:  # it may be any
+    setting = xp.setting(query)
+    if setting is None:
         return _checked(query, key, value, **given)
     inputs = xp.promoted(tokens)
-    sizes = [part for x in inputs.values() for part in (tuple(x.shape), x.dtype)]
-    made_of = (xp, device, *sizes, types, *given.items())  # 1 == True, but for their types
+    sizes = [part for x in inputs.values() for part in (x.shape, x.dtype)]
+    # 1 == True, but for their types
+    made_of = (xp, setting, *sizes, types, *given, *given.values())
     kept = _KEPT.get(made_of)
     if kept is None:
         kept = replace(_checked(query, key, value, **given), inputs={})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,19 +169,24 @@ def test_vjp_and_jvp_by_name_are_differentiable():
         check_grads(jax.jit(function), arrays(*SHAPES), order=1)
 
 
-def test_without_the_primitive(monkeypatch):
-    """A JAX without such a primitive has reverse mode, to second order, and refuses forward."""
-    from chunkattn.backends import jax as adapter
-    from chunkattn.backends import jax_primitive
+@pytest.mark.parametrize(
+    "of", [lambda f: f, lambda f: jax.grad(f, ALL), jax.vmap], ids=["forward", "gradient", "vmap"]
+)
+def test_compiled_calls_run_no_python(of):
+    """After the first, a call of a compiled function with attention in it costs what JAX's do."""
+    x = arrays(*SHAPES)
+    x = tuple(y[None] for y in x) if of is jax.vmap else x
+    compiled, seen = jax.jit(of(loss)), []
+    jax.block_until_ready(compiled(*x))
 
-    monkeypatch.setattr(jax_primitive, "HiPrim", None)
-    adapter._operations.cache_clear()
+    def profile(frame, event, arg):
+        if event == "call":
+            seen.append(frame.f_code.co_qualname)
+
+    sys.setprofile(profile)
     try:
-        x = arrays(*SHAPES)
-        check_grads(loss, x, order=1, modes=["rev"])
-        for name in ("grad of grad", "grad of vmap over one"):
-            test_transformations(name)
-        with pytest.raises(TypeError, match="custom_vjp"):
-            jax.jvp(loss, x, x)
+        found = compiled(*x)
     finally:
-        adapter._operations.cache_clear()
+        sys.setprofile(None)
+    jax.block_until_ready(found)
+    assert seen == []

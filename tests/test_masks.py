@@ -259,7 +259,8 @@ def test_mask_and_bias_in_files(tmp_path, rng):
     for name, x in known.items():
         np.save(tmp_path / name, x)
         mapped[name] = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
-    expected = attention(q, k, v, **known)
+    # What a first call of many tasks loads is no part of the call.
+    expected = attention(q, k, v, query_chunk_size=64, **known)
 
     def peak(**kwargs):
         tracemalloc.start()

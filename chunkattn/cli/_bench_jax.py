@@ -95,7 +95,8 @@ class Jax(Library):
             function = self.jax.value_and_grad(loss, argnums=(0, 1, 2))
         else:
             function, given = attend, given[:3]
-        compiled = self.jax.jit(function).lower(*given).compile()
+        jitted = self.jax.jit(function)
+        compiled = jitted.lower(*given).compile()  # kept for the calls
 
         def fetch(result: Any) -> list[Array]:
             import numpy as np
@@ -105,7 +106,7 @@ class Jax(Library):
             return [np.asarray((_turned(x) if nhd else x).astype(wide)) for x in found]
 
         return Way(
-            lambda: self.jax.block_until_ready(compiled(*given)),
+            lambda: self.jax.block_until_ready(jitted(*given)),
             fetch,
             lambda: _planned_bytes(compiled),
         )
