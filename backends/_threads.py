@@ -121,12 +121,11 @@ def cores() -> set[str]:
     return _blas.cores()
 
 
-@contextmanager
-def task(one_of: int) -> Iterator[None]:
-    """Run one of so many tasks of a call."""
-    before, _here.tasks = _here.tasks, one_of
+def as_one_of(tasks: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Return ``function(*args)``, called as one of so many tasks of a call."""
+    before, _here.tasks = _here.tasks, tasks
     try:
-        yield
+        return function(*args)
     finally:
         _here.tasks = before
 

@@ -148,11 +148,11 @@ class Adapter(InPlace):
         """Run the steps on as many threads as BLAS would use."""
 
         def one(state: State, i: Index) -> State:
-            with _threads.task(one_of=count), np.errstate(all="ignore"):
-                return step(state, i)
+            return _threads.as_one_of(count, step, state, i)
 
         def task(i: int) -> None:
-            one(state, i)
+            with np.errstate(all="ignore"):
+                one(state, i)
             if done is not None:
                 done()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -102,11 +102,10 @@ def report(given):
             steps = Steps(library, d)
             rounds, calls = [], []
             for _ in range(given.rounds):
-                with ExitStack() as stack:
-                    if one:
-                        stack.enter_context(threadpoolctl.threadpool_limits(1, user_api="blas"))
-                        stack.enter_context(_threads.task(one_of=2))
-                    rounds.append([steps.timed() for _ in range(8)][-1])
+                with threadpoolctl.threadpool_limits(1, user_api="blas") if one else nullcontext():
+                    rounds.append(
+                        [_threads.as_one_of(2, steps.timed) for _ in range(8)][-1]  # as in a call
+                    )
                 calls.append(steps.called())
             share = 1 if one else number
             found = {name: median(x[name] for x in rounds) * share for name in rounds[0]}

@@ -37,6 +37,8 @@ from .masks import Causal
 
 Array = Any
 
+_FORWARD = Forward(RESULTS[:1]), Forward(RESULTS)  # one object each: it is a key of compilations
+
 
 def operation(
     request: Request, implementation: str, *, return_lse: bool, reports: bool = False
@@ -70,7 +72,7 @@ def _native(kernel: Any, causal: bool, scale: float, return_lse: bool) -> Native
 
 def _tiles(request: Request, return_lse: bool) -> Forward:
     """Return the algorithm; a traced call may be differentiated, and then needs all results."""
-    return Forward(RESULTS[: 1 + (return_lse or request.xp.traced(request.inputs))])
+    return _FORWARD[return_lse or request.xp.traced(request.inputs)]
 
 
 def _kernel(request: Request) -> tuple[Any, bool, str]:
