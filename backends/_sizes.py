@@ -46,8 +46,8 @@ class Footprint(NamedTuple):
         Bytes of a call: the objects of Python, where they count.
     packed : int
         Arrays of a tile's keys that products copy, where a compiler's plan leaves that out.
-    ordered_above : int or None
-        Multiplications above which a product copies a tile's keys, in one of several tasks.
+    ordered_from : (int, int) or None
+        Rows and multiplications from which a product copies a tile's keys, in one of several tasks.
     """
 
     weights: int = 3
@@ -60,7 +60,7 @@ class Footprint(NamedTuple):
     positions: int = 16_384
     objects: int = 131_072
     packed: int = 0
-    ordered_above: int | None = None
+    ordered_from: tuple[int, int] | None = None
 
 
 # What fills a GPU, and is worth the time that the host takes for a tile.

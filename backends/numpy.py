@@ -163,11 +163,16 @@ class Adapter(InPlace):
         return state
 
     def matmul(self, a: Array, b: Array, workspace: Array | None = None) -> Array:
-        """Return ``a @ b``, in `workspace` where there is one; in a task, piece by piece."""
-        if not (_threads.one_of_several() and a.dtype.char in "fd" and _pieces_are_fast()):
+        """Return ``a @ b``, in `workspace` where there is one; in a task, piece by piece.
+
+        So are products of few rows everywhere, for which BLAS's threads gain less than pieces.
+        """
+        several = _threads.one_of_several()
+        few = a.shape[-2] <= _pieces.FEW
+        if not ((several or few) and a.dtype.char in "fd" and _pieces_are_fast()):
             return super().matmul(a, b, workspace)
         out = self.space(workspace, a, b)
-        return out if _pieces.fill(out, a, b) else np.matmul(a, b, out=out)
+        return out if _pieces.fill(out, a, b, several) else np.matmul(a, b, out=out)
 
     def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
         """Call the algorithm on base-class arrays, and let inf and NaN pass without warnings."""
@@ -202,7 +207,8 @@ def _pieces_are_fast() -> bool:
 
 @cache
 def _footprint() -> Footprint:
-    return InPlace.footprint._replace(ordered_above=_pieces.LIMIT if _pieces_are_fast() else None)
+    bounds = (_pieces.MANY, _pieces.LIMIT) if _pieces_are_fast() else None
+    return InPlace.footprint._replace(ordered_from=bounds)
 
 
 @cache

@@ -3,7 +3,8 @@
     python benchmarks/pieces.py [--rounds 9] [--out FILE]
 
 In float32, 8 heads: whole calls on all cores, with products in pieces and with whole ones in turns.
-The ratio is that of a round; medians, with the quartiles in brackets.
+"decode" is one query for each head against n keys, of 2 heads.  The ratio is that of a round;
+medians, with the quartiles in brackets.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ CASES = {
     "forward": (512, 1024, 2048, 4096),
     "causal": (1024, 4096),
     "forward+backward": (1024, 2048),
+    "decode": (4096, 16384),
 }
 
 
@@ -45,6 +47,8 @@ def compared(mode, n, d, rounds):
     adapter = import_module("chunkattn.backends.numpy")
     kept, rng = adapter._pieces_are_fast, np.random.default_rng(0)
     tokens = rng.standard_normal((3, 1, 8, n, d), dtype=np.float32)
+    if mode == "decode":
+        tokens = tokens[0, :, :, :1], *tokens[1:, :, :2]
     found = []
     try:
         for _ in range(rounds + 1):

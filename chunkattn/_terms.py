@@ -254,11 +254,13 @@ class Counted:
 
     def _ordered(self, tasks: int, width: str) -> Term:
         """Return what a product with a tile's keys or values copies of them."""
-        sizes, above = self.spec.schedule, self.footprint.ordered_above
-        depth = self.d if width == "d" else self.spec.d_v
-        size = self.spec.group * sizes.query_chunk * sizes.key_chunk * depth
-        copies = int(tasks > 1 and above is not None and size > above)
-        return self.term("keys or values in another order", copies, *KEYS, width)
+        sizes, bounds = self.spec.schedule, self.footprint.ordered_from
+        copies = False
+        if tasks > 1 and bounds is not None:
+            rows = self.spec.group * sizes.query_chunk
+            depth = self.d if width == "d" else self.spec.d_v
+            copies = rows >= bounds[0] and rows * sizes.key_chunk * depth > bounds[1]
+        return self.term("keys or values in another order", int(copies), *KEYS, width)
 
     def _functions(self) -> Iterable[list[Term]]:
         """Yield the moments in which masks and functions of the caller are evaluated."""

@@ -37,10 +37,13 @@ def taken(monkeypatch):
     dtype=st.sampled_from([np.float32, np.float64]),
     lead=st.sampled_from([((), ()), ((2,), (2,)), ((2, 3), (1, 3)), ((2,), (1,))]),
     turned=st.tuples(st.booleans(), st.booleans()),
+    several=st.booleans(),
 )
-@example(sizes=(16, 64, 4096), dtype=np.float32, lead=((), ()), turned=(False, True))
-@example(sizes=(4096, 300, 7), dtype=np.float32, lead=((), ()), turned=(True, False))
-def test_pieces_make_the_product(sizes, dtype, lead, turned):
+@example((16, 64, 4096), np.float32, ((), ()), (False, True), False)
+@example((200, 64, 4100), np.float32, ((2,), (1,)), (False, True), True)
+@example((4096, 300, 7), np.float32, ((), ()), (True, False), True)
+@example((3, 9000, 64), np.float32, ((2,), (2,)), (False, False), False)
+def test_pieces_make_the_product(sizes, dtype, lead, turned, several):
     rng = np.random.default_rng(0)
     rows, depth, cols = sizes
     shapes = (*lead[0], rows, depth), (*lead[1], depth, cols)
@@ -51,10 +54,24 @@ def test_pieces_make_the_product(sizes, dtype, lead, turned):
     )
     expected = a @ b
     out = np.full(expected.shape, np.nan, dtype)
-    filled = pieces.fill(out, a, b)
-    assert filled or rows * depth * cols <= pieces.LIMIT or 8 * min(cols, 64) * depth > pieces.LIMIT
-    if filled:
+    if pieces.fill(out, a, b, several):
         np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize(("rows", "depth", "cols"), [(4, 64, 4096), (16, 128, 1000), (2, 32, 900)])
+def test_few_rows_are_taken_in_place(taken, rng, rows, depth, cols):
+    """Even by one task: keys, transposed, in pieces of few results; values in pieces of depth."""
+    query, keys = rng.standard_normal((rows, depth)), rng.standard_normal((cols, depth))
+    weights = rng.standard_normal((rows, 100 * cols))
+    values = rng.standard_normal((100 * cols, depth))
+    xp = adapter.Adapter(np)
+    np.testing.assert_allclose(xp.matmul(query, keys.T), query @ keys.T, atol=1e-12)
+    assert {m for m, _, _ in taken} == {rows}
+    assert all(m * n <= pieces.TURNED for m, _, n in taken)
+    taken.clear()
+    np.testing.assert_allclose(xp.matmul(weights, values), weights @ values, atol=1e-9)
+    assert max(np.prod(shape) for shape in taken) <= pieces.LIMIT
+    assert max(k for _, k, _ in taken) == pieces.RUN
 
 
 def test_no_piece_is_too_large(taken, rng):
@@ -133,9 +150,9 @@ def test_plan_knows_the_order_of_keys(monkeypatch, rng, training):
     monkeypatch.setattr(adapter, "_pieces_are_fast", lambda: True)
     footprint = adapter._footprint.__wrapped__()
     monkeypatch.setattr(adapter, "_footprint", lambda: footprint)
-    query = rng.standard_normal((2, 64, 64), dtype=np.float32)
+    query = rng.standard_normal((2, 80, 64), dtype=np.float32)
     key, value = rng.standard_normal((2, 2, 8192, 64), dtype=np.float32)
-    keywords = {"query_chunk_size": 64, "key_chunk_size": 8192}
+    keywords = {"query_chunk_size": 80, "key_chunk_size": 8192}
 
     def call():
         if not training:
