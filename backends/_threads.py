@@ -49,7 +49,7 @@ class _Blas:
             if give_up is not None:
                 give_up(force=True)
 
-    def cores(self) -> set[str]:
+    def architectures(self) -> set[str]:
         """Return the kinds of CPU whose kernels the libraries take; "" if one does not tell."""
         if threadpoolctl is None:
             return set()
@@ -113,12 +113,12 @@ def share() -> int:
     return _blas.share()
 
 
-def cores() -> set[str]:
+def architectures() -> set[str]:
     """Return the kinds of CPU whose kernels the BLAS libraries of the process take.
 
     As OpenBLAS names them; "" for another BLAS, and no kind at all where threadpoolctl is missing.
     """
-    return _blas.cores()
+    return _blas.architectures()
 
 
 def as_one_of(tasks: int, function: Callable[..., Any], *args: Any) -> Any:

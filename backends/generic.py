@@ -7,6 +7,7 @@ here written with the standard alone (2021.12 and later):
 ====================  ======================================================================
 ``floats``            name to dtype of the floating dtypes that attention takes
 ``device(x)``         where `x` lives, or None where that cannot be told (a traced array)
+``setting(like)``     what a call depends on beside shapes and keywords: the device, modes
 ``tile_sizes(like)``  the sizes of tiles that suit the device of `like`
 ``new(like, …)``      a filled array on the device of `like`
 ``index(like, n)``    the integers 0 … n-1 on the device of `like`

@@ -198,11 +198,8 @@ def _exp2_is_fast() -> bool:
 
 @cache
 def _pieces_are_fast() -> bool:
-    """Whether NumPy's BLAS is an OpenBLAS with kernels that `_pieces` is for.
-
-    The threads of its tasks are the only ones then: only with threadpoolctl is that known.
-    """
-    return _threads.cores() == {"SkylakeX"}
+    """Whether NumPy's BLAS is an OpenBLAS with the kernels that `_pieces` is for."""
+    return _threads.architectures() == {"SkylakeX"}
 
 
 @cache

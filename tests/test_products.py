@@ -137,8 +137,8 @@ def test_a_failed_task_leaves_nothing_behind(taken, rng):
 
 def test_other_blas_multiplies_whole(monkeypatch):
     """Only OpenBLAS, and only its kernels for AVX-512, gain by pieces."""
-    for cores, fast in (({"SkylakeX"}, True), ({"Haswell"}, False), ({"SkylakeX", ""}, False)):
-        monkeypatch.setattr(threads, "cores", lambda cores=cores: cores)
+    for names, fast in (({"SkylakeX"}, True), ({"Haswell"}, False), ({"SkylakeX", ""}, False)):
+        monkeypatch.setattr(threads, "architectures", lambda names=names: names)
         assert adapter._pieces_are_fast.__wrapped__() is fast
 
 
