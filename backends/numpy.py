@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _pieces, _threads, generic
+from . import _threads, generic, numpy_pieces
 from ._sizes import Footprint
 from .generic import LOG2_E, SMALL, Array, Index, State
 
@@ -168,11 +168,11 @@ class Adapter(InPlace):
         So are products of few rows everywhere, for which BLAS's threads gain less than pieces.
         """
         several = _threads.one_of_several()
-        few = a.shape[-2] <= _pieces.FEW
+        few = a.shape[-2] <= numpy_pieces.FEW
         if not ((several or few) and a.dtype.char in "fd" and _pieces_are_fast()):
             return super().matmul(a, b, workspace)
         out = self.space(workspace, a, b)
-        return out if _pieces.fill(out, a, b, several) else np.matmul(a, b, out=out)
+        return out if numpy_pieces.fill(out, a, b, several) else np.matmul(a, b, out=out)
 
     def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
         """Call the algorithm on base-class arrays, and let inf and NaN pass without warnings."""
@@ -198,13 +198,13 @@ def _exp2_is_fast() -> bool:
 
 @cache
 def _pieces_are_fast() -> bool:
-    """Whether NumPy's BLAS is an OpenBLAS with the kernels that `_pieces` is for."""
+    """Whether NumPy's BLAS is an OpenBLAS with the kernels that `numpy_pieces` is for."""
     return _threads.architectures() == {"SkylakeX"}
 
 
 @cache
 def _footprint() -> Footprint:
-    bounds = (_pieces.MANY, _pieces.LIMIT) if _pieces_are_fast() else None
+    bounds = (numpy_pieces.MANY, numpy_pieces.LIMIT) if _pieces_are_fast() else None
     return InPlace.footprint._replace(ordered_from=bounds)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from chunkattn import attention, attention_vjp
 
-pieces = import_module("chunkattn.backends._pieces")
+pieces = import_module("chunkattn.backends.numpy_pieces")
 adapter = import_module("chunkattn.backends.numpy")
 threads = import_module("chunkattn.backends._threads")
 
