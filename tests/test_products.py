@@ -8,7 +8,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import threadpoolctl
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkattn import attention, attention_vjp
@@ -39,11 +39,27 @@ def taken(monkeypatch):
     turned=st.tuples(st.booleans(), st.booleans()),
     several=st.booleans(),
 )
-@example((16, 64, 4096), np.float32, ((), ()), (False, True), False)
-@example((200, 64, 4100), np.float32, ((2,), (1,)), (False, True), True)
-@example((4096, 300, 7), np.float32, ((), ()), (True, False), True)
-@example((3, 9000, 64), np.float32, ((2,), (2,)), (False, False), False)
 def test_pieces_make_the_product(sizes, dtype, lead, turned, several):
+    assert_product(sizes, dtype, lead, turned, several)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ((16, 64, 4096), np.float32, ((), ()), (False, True), False),
+        ((200, 64, 4100), np.float32, ((2,), (1,)), (False, True), True),
+        ((4096, 300, 7), np.float32, ((), ()), (True, False), True),
+        ((3, 9000, 64), np.float32, ((2,), (2,)), (False, False), False),
+        ((523, 1100, 96), np.float64, ((2,), (2,)), (True, False), True),
+    ],
+    ids=lambda call: "x".join(map(str, call[0])),
+)
+def test_products_are_taken_in_pieces(call):
+    assert assert_product(*call)
+
+
+def assert_product(sizes, dtype, lead, turned, several):
+    """Compare what pieces make with the whole product; return whether there are pieces."""
     rng = np.random.default_rng(0)
     rows, depth, cols = sizes
     shapes = (*lead[0], rows, depth), (*lead[1], depth, cols)
@@ -54,8 +70,10 @@ def test_pieces_make_the_product(sizes, dtype, lead, turned, several):
     )
     expected = a @ b
     out = np.full(expected.shape, np.nan, dtype)
-    if pieces.fill(out, a, b, several):
+    filled = pieces.fill(out, a, b, several)
+    if filled:
         np.testing.assert_array_equal(out, expected)
+    return filled
 
 
 @pytest.mark.parametrize(("rows", "depth", "cols"), [(4, 64, 4096), (16, 128, 1000), (2, 32, 900)])
@@ -108,19 +126,21 @@ def test_one_task_is_multiplied_whole(taken, rng):
 
 
 def test_bits_do_not_depend_on_threads(taken, rng):
-    """Nor on what other calls run: pieces are a matter of the call's tasks."""
+    """Nor on the call that a call is made within: pieces are a matter of its own tasks."""
     tokens = rng.standard_normal((3, 3, 600, 64), dtype=np.float32)
-    found = []
+    found, within = [], set()
     for count in (1, 2):
         with threadpoolctl.threadpool_limits(count, user_api="blas"):
             found.append(attention(*tokens))
 
     def mask_mod(b, h, q_idx, kv_idx):
+        within.add(threads.one_of_several())
         found.append(attention(*tokens))
         return kv_idx >= 0
 
-    attention(*tokens[:, :, :1], mask=mask_mod)
-    assert len(found) > 2
+    for size in (10, 20):
+        attention(*tokens[:, :1, :20], mask=mask_mod, query_chunk_size=size)
+    assert within == {True, False}
     for other in found[1:]:
         np.testing.assert_array_equal(other, found[0])
 
