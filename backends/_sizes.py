@@ -12,7 +12,7 @@ class TileSizes(NamedTuple):
 
     `least` is the size below which smaller tiles do not pay, however little of them a mask shows;
     those that a mask cuts shrink to `edge` in short calls.  Where a tile is `shared` by all cores,
-    that takes heads enough to fill it.
+    each should have heads of its own, or rows where there are not as many heads.
     """
 
     rows: int

@@ -195,6 +195,7 @@ class Adapter:
         The weights are ``exp(s - top)``, and `total` is their sum.  `top` becomes the larger of
         what it was and the largest score; or, as well, 0 where that score is no further from 0 than
         `SMALL`, and neither is the result.  Where nothing of it changes, it may be returned itself.
+        It may have no axes, where it is one number for all rows.
         """
         top = self.maximum(top, self.max(s, axis=-1, keepdims=True))
         weights = self.exp_difference(s, top)

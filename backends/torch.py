@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from . import generic, torch_native
 from ._functions import of_floating
 from ._sizes import OF_GPU, Footprint, TileSizes, of_cpu
-from .generic import LOG2_E, SMALL, Array
+from .generic import LOG2_E, SMALL, Array, Index
 from .torch_autograd import Call, Lifted, Operation, Watch, computed, tensors_in
 
 
@@ -36,6 +36,13 @@ def _fused_exp_difference() -> Callable[[Array, Array], Array] | None:
     code = "template <typename T> T exp_difference(T x, T y) { return ::exp(x - y); }"
     kernel: Callable[[Array, Array], Array] = jiterator._create_jit_fn(code)
     return kernel
+
+
+def _flat(x: Array, lead: torch.Size) -> Array:
+    """Return `x` (…, n, m), broadcast to the leading axes `lead`, with one axis for these."""
+    if x.shape[:-2] != lead:
+        x = x.expand(*lead, *x.shape[-2:])
+    return x if x.ndim == 3 else x.flatten(0, -3)
 
 
 class Adapter(generic.Adapter):
@@ -69,7 +76,13 @@ class Adapter(generic.Adapter):
 
     def tile_sizes(self, like: Array) -> TileSizes:
         """Return the sizes for GPUs, or those for a CPU, whose cores share a tall tile."""
-        return of_cpu(rows=2048, shared=True) if like.device.type == "cpu" else OF_GPU
+        if like.device.type != "cpu":
+            return OF_GPU
+        return of_cpu(rows=1024, at_once=torch.get_num_threads(), shared=True)
+
+    def setting(self, like: Array) -> Any:
+        """Return the device, and how many threads PyTorch has."""
+        return like.device, torch.get_num_threads()
 
     def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
         """Return a tensor of `shape` and `dtype` full of `fill`, on the device of `like`."""
@@ -81,7 +94,15 @@ class Adapter(generic.Adapter):
 
     def cast(self, x: Array, dtype: Any) -> Array:
         """Return `x` in `dtype`."""
-        return x.to(dtype)
+        return x if x.dtype == dtype else x.to(dtype)
+
+    def read(self, x: Array, axis: int, start: Index, size: int) -> Array:
+        """Return the `size` entries from `start` on along `axis`."""
+        return x.narrow(axis, start, size)
+
+    def matrix_transpose(self, x: Array) -> Array:
+        """Return a view with the last two axes exchanged."""
+        return x.mT
 
     def workspace(self, like: Array, size: int, dtype: Any) -> Array | None:
         """Return flat memory for `size` elements."""
@@ -95,15 +116,17 @@ class Adapter(generic.Adapter):
         if lead != b.shape[:-2]:
             lead = torch.broadcast_shapes(lead, b.shape[:-2])
         shape = torch.Size((*lead, a.shape[-2], b.shape[-1]))
-        return torch.matmul(a, b, out=workspace[: shape.numel()].view(shape))
+        out = workspace[: shape.numel()].view(shape)
+        a, b = (_flat(x, lead) for x in (a, b))
+        torch.bmm(a, b, out=_flat(out, lead))
+        return out
 
     def add_product(self, x: Array, a: Array, b: Array) -> Array:
         """Add to `x` in the product itself, where the memory of `x` allows it."""
         if not x.is_contiguous():
             return x.add_(torch.matmul(a, b))
         lead = x.shape[:-2]
-        a, b = (y.expand(*lead, *y.shape[-2:]).flatten(0, -3) for y in (a, b))
-        x.flatten(0, -3).baddbmm_(a, b)
+        _flat(x, lead).baddbmm_(_flat(a, lead), _flat(b, lead))
         return x
 
     def exp_difference(self, x: Array, y: Array) -> Array:
@@ -123,14 +146,16 @@ class Adapter(generic.Adapter):
     def weigh(self, s: Array, top: Array) -> tuple[Array, Array, Array]:
         """Overwrite the scores with the weights.
 
-        On a CPU a maximum that is small may as well be 0, which need not be subtracted.
+        On a CPU maxima that are small may as well be 0, which need not be subtracted.
         """
         if not s.is_cpu:
             return super().weigh(s, top)
         largest = s.amax(-1, keepdim=True)
-        top = torch.maximum(top, largest)
-        top.masked_fill_((largest.abs() <= SMALL) & (top <= SMALL), 0)
-        if top.any():
+        low, high = largest.aminmax()
+        if float(low) >= -SMALL and float(high) <= SMALL and float(top.max()) <= SMALL:
+            top = top if top.ndim == 0 and not top else top.new_zeros(())
+        else:
+            top = torch.maximum(top, largest)
             s.sub_(top)
         weights = s.mul_(LOG2_E).exp2_()
         return weights, weights.sum(-1, keepdim=True), top

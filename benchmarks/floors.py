@@ -37,13 +37,14 @@ class Steps:
         self.module, self.d = import_module(library), d
         self.rng = np.random.default_rng(0)
         self.xp = adapter_of(self.array(1), "array")
-        rows, cols, *_ = self.xp.tile_sizes(self.array(1))
-        self.query = self.array(1, rows, d) * d**-0.5
-        self.key, self.value = self.array(1, LENGTH, d), self.array(1, LENGTH, d)
-        self.key, self.value = self.key[:, :cols], self.value[:, :cols]
-        self.workspace = self.xp.workspace(self.query, rows * cols, self.query.dtype)
-        self.top = self.xp.max(self.products(), axis=-1, keepdims=True) * 0
-        self.scores = rows * cols
+        rows, cols, self.scores, *_ = self.xp.tile_sizes(self.array(1))
+        heads = self.scores // (rows * cols)
+        self.query = self.array(heads, rows, d) * d**-0.5
+        tokens = self.array(heads, LENGTH, d), self.array(heads, LENGTH, d)
+        self.key, self.value = (x[:, :cols] for x in tokens)
+        self.workspace = self.xp.workspace(self.query, self.scores, self.query.dtype)
+        nothing = self.xp.new(self.query, (), -1e30, self.query.dtype)
+        self.top = self.xp.weigh(self.products(), nothing)[2]
         self.large = self.array(LARGE, LARGE)
 
     def array(self, *shape):
@@ -55,25 +56,31 @@ class Steps:
         return self.xp.matmul(self.query, self.xp.matrix_transpose(self.key), self.workspace)
 
     def timed(self):
-        """Return seconds of each step, for each score."""
-        begin = perf_counter()
-        s = self.products()
-        after_products = perf_counter()
-        weights, _, _ = self.xp.weigh(s, self.top)
-        after_weights = perf_counter()
-        self.xp.matmul(weights, self.value)
-        end = perf_counter()
-        large = self.large @ self.large
-        after_large = perf_counter()
-        assert large.shape == (LARGE, LARGE)
-        by_operation = (after_large - end) / (2 * LARGE**3)
+        """Return seconds of each step, for each score, where one tile follows another."""
+        for _ in range(8):
+            begin = perf_counter()
+            s = self.products()
+            after_products = perf_counter()
+            weights, _, _ = self.xp.weigh(s, self.top)
+            after_weights = perf_counter()
+            self.xp.matmul(weights, self.value)
+            end = perf_counter()
         return {
             "queries × keys": (after_products - begin) / self.scores,
             "weights and their sum": (after_weights - after_products) / self.scores,
             "weights × values": (end - after_weights) / self.scores,
             "all steps": (end - begin) / self.scores,
-            "product": by_operation * 4 * self.d,
+            "product": self.product(),
         }
+
+    def product(self):
+        """Return seconds of the operations of a score, in a large product."""
+        for _ in range(2):
+            begin = perf_counter()
+            large = self.large @ self.large
+            end = perf_counter()
+        assert large.shape == (LARGE, LARGE)
+        return (end - begin) / (2 * LARGE**3) * 4 * self.d
 
     def called(self):
         """Return seconds of a call, for each score."""
@@ -103,9 +110,7 @@ def report(given):
             rounds, calls = [], []
             for _ in range(given.rounds):
                 with threadpoolctl.threadpool_limits(1, user_api="blas") if one else nullcontext():
-                    rounds.append(
-                        [_threads.as_one_of(2, steps.timed) for _ in range(8)][-1]  # as in a call
-                    )
+                    rounds.append(_threads.as_one_of(2, steps.timed))  # as in a call
                 calls.append(steps.called())
             share = 1 if one else number
             found = {name: median(x[name] for x in rounds) * share for name in rounds[0]}

@@ -39,7 +39,7 @@ def chunked(
 def _attend_queries(rows: Rows, outputs: dict[str, Array]) -> dict[str, Array]:
     """Write the results of one chunk of queries into `outputs`."""
     xp = rows.xp
-    workspace, only = rows.workspace(), rows.only_tile()
+    [workspace], only = rows.workspaces(1), rows.only_tile()
     if only is None:
         summary = over_keys(rows, partial(_attend_chunk, workspace), rows.nothing())
     else:

@@ -115,7 +115,7 @@ def _tangent_of_rows(
     rows: Rows, moved: Moved, results: tuple[Array, Array, Array]
 ) -> tuple[Array, Array]:
     """Return the tangents of the results of one chunk of queries, summed over the keys."""
-    xp, workspace, moved_rows = rows.xp, rows.workspace(), moved.rows(rows)
+    xp, [workspace], moved_rows = rows.xp, rows.workspaces(1), moved.rows(rows)
     out, lse, factor = results
     acc, mean = xp.zeros_like(out), xp.zeros_like(lse)
     if moved.problem.sinks is not None:
@@ -163,7 +163,7 @@ class Cotangents:
 
 def backward(xp: Any, spec: Spec, arrays: dict[str, Any], wanted: Names) -> tuple[Array, ...]:
     """Return the gradients of the arrays that are `wanted`, in their own shapes and dtypes."""
-    problem = Problem(xp, spec, arrays)
+    problem = Problem(xp, spec.backward, arrays)
     results = Results(problem, arrays)
     cotangents = Pairs(problem, arrays["d_out"], arrays["d_lse"])
 
@@ -175,13 +175,13 @@ def backward(xp: Any, spec: Spec, arrays: dict[str, Any], wanted: Names) -> tupl
 
 def _backward_of_rows(rows: Rows, bar: Cotangents, sums: Sums) -> Sums:
     """Return `sums` with the gradients that one chunk of queries brings."""
-    xp, workspaces = rows.xp, (rows.workspace(), rows.workspace())
+    xp, (first, second) = rows.xp, rows.workspaces(2)
 
     def step(tile: Tile, state: tuple[Array, Sums]) -> tuple[Array, Sums]:
         query, sums = state
-        at = softmax(tile, bar.lse, workspaces[0])
+        at = softmax(tile, bar.lse, first)
         value = xp.matrix_transpose(tile.value)
-        gradient = dropped(tile, rows.ungrouped(xp.matmul(bar.out, value, workspaces[1])))
+        gradient = dropped(tile, rows.ungrouped(xp.matmul(bar.out, value, second)))
         gradient -= bar.delta
         gradient *= at.weights
         gradient = at.hidden_zero(gradient)

@@ -113,7 +113,8 @@ def terms(request: Request, algorithm: Any, *, training: bool, to_come: int = 0)
     if training:
         told = "- their bytes, which the outputs count"
         passes[0] += [*counted.saved(), Term("gradients to come", told, -to_come)]
-        counted = replace(counted, threads=request.xp.at_once(request.spec.blocks))
+        threads = request.xp.at_once(request.spec.blocks)
+        counted = replace(counted, spec=request.spec.backward, threads=threads)
         passes.append([*counted.backward(tuple(request.inputs)), *counted.saved()])
     return [term for term in (*max(passes, key=total), *again) if term.bytes]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -23,12 +23,19 @@ SMALLEST = 16  # queries or keys of a tile, where memory is limited
 class Schedule:
     """How the work is cut: into tiles of queries and keys, and blocks of batch entries and heads.
 
-    `block` counts the batch entries and key heads that one task takes, axis by axis.
+    `block` counts the batch entries and key heads that one task takes, axis by axis.  The backward
+    pass, which has two tiles at a time, may have fewer keys to each: `backward_keys`.
     """
 
     query_chunk: int
     key_chunk: int
     block: tuple[int, ...]
+    backward_keys: int
+
+    @property
+    def backward(self) -> Schedule:
+        """That of the backward pass."""
+        return replace(self, key_chunk=self.backward_keys)
 
     def tiles(self, xp: Any, shapes: Shapes) -> list[tuple[int, int]]:
         """Return the sizes (rows, cols) of the tiles of a call, each once."""
@@ -62,6 +69,11 @@ class Spec(Shapes):
     def calls_back(self) -> bool:
         """Whether functions of the caller run inside, which may hold anything."""
         return self.score_mod is not None or any(isinstance(m, Predicate) for m in self.masks)
+
+    @property
+    def backward(self) -> Spec:
+        """That of the backward pass."""
+        return replace(self, schedule=self.schedule.backward)
 
     @cached_property
     def blocks(self) -> int:
@@ -103,6 +115,8 @@ def schedule(
 
     Few queries have more keys to a tile, or few keys more queries.
 
+    Where all cores share a tile, the backward pass has half as many keys to each of its two.
+
     Where a library's tasks span the whole batch, the tile's size counts every batch entry.
 
     A tile has `most` scores, where that is given and chunks of `SMALLEST` allow it.
@@ -116,6 +130,8 @@ def schedule(
         few = shapes.heads * prod(shapes.batch) < 4
         limits.append(2 * sizes.edge if few else sizes.edge)
     limits += [512] if score_mod is not None else []
+    if sizes.shared:
+        rows *= max(1, sizes.elements // (rows * cols * max(1, shapes.heads * prod(shapes.batch))))
     area = rows * cols
     if limits:
         limit = max(sizes.least, min(limits))
@@ -143,11 +159,13 @@ def schedule(
             else:
                 break
     if not xp.splits_batch:
-        return Schedule(rows, cols, tuple(max(1, n) for n in shapes.lead))
+        return Schedule(rows, cols, tuple(max(1, n) for n in shapes.lead), cols)
     room = max(1, budget // (rows * cols))
     block = []
     for n in reversed(shapes.lead):
         size = max(1, min(n, room))
         block.append(size)
         room = room // size if size == n else 1
-    return Schedule(rows, cols, tuple(reversed(block)))
+    halved = sizes.shared and not limits and key_chunk_size is None
+    backward_keys = min(cols, max(256, cols // 2)) if halved else cols
+    return Schedule(rows, cols, tuple(reversed(block)), backward_keys)

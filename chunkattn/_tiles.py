@@ -70,6 +70,16 @@ class Rows:
             query = self.xp.broadcast_to(query, (*self.lead, query.shape[-1]))
         return query
 
+    @cached_property
+    def key(self) -> Array:
+        """The block's keys: (…, h_k, n_k, d)."""
+        return self.of_block(self.problem.key, self.block)
+
+    @cached_property
+    def value(self) -> Array:
+        """The block's values: (…, h_k, n_k, d_v)."""
+        return self.of_block(self.problem.value, self.block)
+
     def of(self, problem: Problem) -> Rows:
         """Return the same queries of another problem of the same shapes."""
         return Rows(problem, self.block, self.start, self.size, self.repeated)
@@ -95,11 +105,15 @@ class Rows:
         new = self.xp.index(x, self.size)[:, None] >= self.repeated
         return self.xp.where(new, x, self.xp.zeros_like(x))
 
-    def workspace(self) -> Array | None:
-        """Return memory for the products of one tile, or None where the library wants none."""
+    def workspaces(self, count: int) -> list[Array | None]:
+        """Return memory for the products of one tile, `count` times; None where none is wanted.
+
+        It is asked for at once: of many such pieces an allocator returns more to the system.
+        """
         spec = self.problem.spec
         size = prod(self.lead) * spec.schedule.key_chunk
-        return self.xp.workspace(self.query, size, spec.compute)
+        space = self.xp.workspace(self.query, count * size, spec.compute)
+        return [None if space is None else space[i * size : (i + 1) * size] for i in range(count)]
 
     def of_batch(self, x: Array, own: int = 0) -> Array:
         """Return this block's part of an array over the batch axes and `own` further axes."""
@@ -276,17 +290,16 @@ class Tile:
         """Return the same pairs for other rows."""
         return Tile(rows, self.start, self.size, self.masked)
 
-    def _of_keys(self, x: Array) -> Array:
-        rows = self.rows
-        x = self.xp.read(rows.of_block(x, rows.block), -2, self.start, self.size)
-        return self.xp.cast(x, rows.problem.spec.compute)
+    def _read(self, x: Array) -> Array:
+        x = self.xp.read(x, -2, self.start, self.size)
+        return self.xp.cast(x, self.rows.problem.spec.compute)
 
     @property
     def key(self) -> Array:
         """The tile's keys in the compute dtype: (…, h_k, size, d)."""
-        return self._of_keys(self.rows.problem.key)
+        return self._read(self.rows.key)
 
     @property
     def value(self) -> Array:
         """The tile's values in the compute dtype: (…, h_k, size, d_v)."""
-        return self._of_keys(self.rows.problem.value)
+        return self._read(self.rows.value)

@@ -33,6 +33,19 @@ def test_chunk_sizes(check, rng, rows, cols):
     check(*tokens(rng), query_chunk_size=rows, key_chunk_size=cols)
 
 
+@pytest.mark.parametrize("sizes", [(0.1, 30, 0.1, 3), (30, 0.1, 300, 1), (-80, 0.1, -80, -1)])
+def test_small_scores_and_large_ones(check, rng, sizes):
+    """Chunk by chunk, and small for every other query: libraries may take 0 as their maximum."""
+    q = np.abs(rng.standard_normal((2, 7, 8)))
+    q[:, ::2] *= 0.01
+    k = np.concatenate([x * np.abs(rng.standard_normal((2, 5, 8))) for x in sizes], axis=-2)
+    v = rng.standard_normal(k.shape)
+    mask = rng.random((7, 20)) < 0.5
+    for kwargs in ({}, {"mask": mask}, {"sinks": np.asarray([25.0, -25.0])}):
+        check(q, k, v, key_chunk_size=5, **kwargs)
+        check(q, k[:, :5], v[:, :5], **kwargs | ({"mask": mask[:, :5]} if "mask" in kwargs else {}))
+
+
 def test_calls_alike(lib, rng):
     """A call is checked although one of equal numbers was: 1 is not True."""
     q, k, v = (lib.asarray(x) for x in tokens(rng, (2, 5, 4), (2, 5, 4)))

@@ -97,6 +97,25 @@ def test_prediction_with_lse_on_torch(dtype, heads):
     assert measured <= found.peak_bytes <= 1.25 * measured
 
 
+def test_a_tile_of_torch_has_heads_for_all_threads():
+    """Or more queries, where there are not as many heads; also of a call like an earlier one."""
+    torch = pytest.importorskip("torch")
+    x = torch.zeros(8, 8192, 64)
+    before, cut = torch.get_num_threads(), {}
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found = [plan(y, y, y, implementation="chunked") for y in (x, x[:1])]
+            cut[threads] = [(one.query_chunk_size, one.tasks) for one in found]
+    finally:
+        torch.set_num_threads(before)
+    assert cut == {
+        1: [(1024, 64), (1024, 8)],
+        2: [(1024, 32), (2048, 4)],
+        4: [(1024, 16), (4096, 2)],
+    }
+
+
 @pytest.fixture(scope="module")
 def on_jax():
     """`plans.on_jax` in a process of its own."""
