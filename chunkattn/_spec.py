@@ -113,7 +113,8 @@ def schedule(
     A mask may ask for smaller tiles, so that less is computed outside of what it shows.  Functions
     of the caller make arrays of the size of a tile themselves, so that it is smaller with them.
 
-    Few queries have more keys to a tile, or few keys more queries.
+    Few queries have more keys to a tile, or few keys more queries.  The query heads that share a
+    head of keys are in one tile, which has as many fewer queries of each.
 
     Where all cores share a tile, the backward pass has half as many keys to each of its two.
 
@@ -131,16 +132,17 @@ def schedule(
         limits.append(2 * sizes.edge if few else sizes.edge)
     limits += [512] if score_mod is not None else []
     if sizes.shared:
-        rows *= max(1, sizes.elements // (rows * cols * max(1, shapes.heads * prod(shapes.batch))))
-    area = rows * cols
+        rows *= max(1, sizes.elements // (rows * cols * max(1, prod(shapes.lead))))
+    group = max(1, shapes.group) if xp.splits_batch else 1  # else below, with all heads
+    area, rows = rows * cols, max(1, rows // group)
     if limits:
         limit = max(sizes.least, min(limits))
         rows = min(rows, limit)
-        cols = min(limit, area // rows)
+        cols = min(limit, area // (rows * group))
     else:
         width = max(1, 2 * shapes.d_v)  # of what is read for a row or a column
-        rows = max(rows, area // max(shapes.n_k, width))
-        cols = max(cols, area // max(shapes.n_q, width))
+        rows = max(rows, area // (group * max(shapes.n_k, width)))
+        cols = max(cols, area // max(group * shapes.n_q, width))
     rows, cols = (
         max(1, min(shapes.n_q, query_chunk_size or rows)),
         max(1, min(shapes.n_k, key_chunk_size or cols)),

@@ -116,6 +116,19 @@ def test_a_tile_of_torch_has_heads_for_all_threads():
     }
 
 
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_a_tile_has_all_heads_of_a_group(name):
+    """And no more scores than one without groups: fewer queries of each head."""
+    query, key = ArraySpec((8, 4096, 64)), ArraySpec((2, 4096, 64))
+    alone, grouped = (
+        plan(query, x, x, library=name, implementation="chunked") for x in (query, key)
+    )
+    assert grouped.query_chunk_size < alone.query_chunk_size
+    scores = [one.terms[0] for one in (alone, grouped)]
+    assert scores[0].name == "scores"
+    assert scores[0].bytes == scores[1].bytes
+
+
 @pytest.fixture(scope="module")
 def on_jax():
     """`plans.on_jax` in a process of its own."""
