@@ -75,7 +75,7 @@ class Adapter(generic.Adapter):
         return x.device
 
     def tile_sizes(self, like: Array) -> TileSizes:
-        """Return the sizes for GPUs, or those for a CPU, whose cores share a tall tile."""
+        """Return the sizes for GPUs, or those for a CPU, whose threads share a tile."""
         if like.device.type != "cpu":
             return OF_GPU
         return of_cpu(rows=1024, at_once=torch.get_num_threads(), shared=True)
