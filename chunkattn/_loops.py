@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
+from ._mask import Range
 from ._problem import Problem
 from ._tiles import Rows, Tile
 
@@ -78,6 +79,44 @@ def over_keys(rows: Rows, step: Callable[[Tile, State], State], state: State) ->
         return step(Tile(rows, first + number * size, size, masked), state)
 
     for size, first, count in xp.pieces(spec.n_k, spec.schedule.key_chunk):
-        for start, stop, masked in rows.spans(size, first, count):
+        for start, stop, masked in _spans(rows, size, first, count):
             state = xp.fold(partial(at, masked, size, first), state, start, stop)
     return state
+
+
+def _spans(rows: Rows, size: int, first: int, count: int) -> list[tuple[Index, Index, bool]]:
+    """Return which key chunks to visit, as ``(start, stop, masked)`` of chunk numbers.
+
+    The `count` chunks of `size` keys begin at key `first`.  Chunks that no query sees are in
+    no span, and those that every query sees whole are in one that is not masked.
+    """
+    xp, masks = rows.xp, rows.problem.masks
+    if not masks:
+        return [(0, count, False)]
+
+    def chunk(position: Index, up: int, low: Index, high: Index) -> Index:
+        number = (position - rows.key_offset - first + up) // size
+        return xp.smaller(xp.larger(number, low), high)
+
+    low, high = _common(xp, [mask.key_range(rows) for mask in masks])
+    start = 0 if low is None else chunk(low, 0, 0, count)
+    stop = count if high is None else chunk(high, size - 1, start, count)
+    if count == 1:  # not worth telling apart
+        return [(start, stop, True)]
+    ranges = [full for mask in masks if (full := mask.full_range(rows)) is not None]
+    if len(ranges) < len(masks):
+        return [(start, stop, True)]
+    low, high = _common(xp, ranges)
+    whole = start if low is None else chunk(low, size - 1, start, stop)
+    ragged = stop if high is None else chunk(high, 0, whole, stop)
+    return [(start, whole, True), (whole, ragged, False), (ragged, stop, True)]
+
+
+def _common(xp: Any, ranges: list[Range]) -> Range:
+    """Return the intersection of ranges whose ends may be None."""
+    lows = [low for low, _ in ranges if low is not None]
+    highs = [high for _, high in ranges if high is not None]
+    return (
+        reduce(xp.larger, lows) if lows else None,
+        reduce(xp.smaller, highs) if highs else None,
+    )

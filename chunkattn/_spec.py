@@ -169,5 +169,5 @@ def schedule(
         block.append(size)
         room = room // size if size == n else 1
     halved = sizes.shared and not limits and key_chunk_size is None
-    backward_keys = min(cols, max(256, cols // 2)) if halved else cols
+    backward_keys = min(cols, max(sizes.edge, cols // 2)) if halved else cols
     return Schedule(rows, cols, tuple(reversed(block)), backward_keys)

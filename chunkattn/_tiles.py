@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from math import prod
 from typing import Any
 
 from ._cached import cached_property
 from ._dropout import kept
-from ._mask import Range
 from ._partial import Summary, empty, of_sinks
 from ._problem import Problem
 
@@ -108,7 +106,7 @@ class Rows:
     def workspaces(self, count: int) -> list[Array | None]:
         """Return memory for the products of one tile, `count` times; None where none is wanted.
 
-        It is asked for at once: of many such pieces an allocator returns more to the system.
+        It is asked for at once: of pieces, malloc gives more back to the system after each chunk.
         """
         spec = self.problem.spec
         size = prod(self.lead) * spec.schedule.key_chunk
@@ -179,43 +177,6 @@ class Rows:
         if not hasattr(self.offset, "shape"):
             return self.offset
         return self.xp.as_index(getattr(self.xp, extreme)(self.offset))
-
-    def spans(self, size: int, first: int, count: int) -> list[tuple[Index, Index, bool]]:
-        """Return which key chunks to visit, as ``(start, stop, masked)`` of chunk numbers.
-
-        The `count` chunks of `size` keys begin at key `first`.  Chunks that no query sees are in
-        no span, and those that every query sees whole are in one that is not masked.
-        """
-        xp, masks = self.xp, self.problem.masks
-        if not masks:
-            return [(0, count, False)]
-
-        def chunk(position: Index, up: int, low: Index, high: Index) -> Index:
-            number = (position - self.key_offset - first + up) // size
-            return xp.smaller(xp.larger(number, low), high)
-
-        low, high = _common(xp, [mask.key_range(self) for mask in masks])
-        start = 0 if low is None else chunk(low, 0, 0, count)
-        stop = count if high is None else chunk(high, size - 1, start, count)
-        if count == 1:  # not worth telling apart
-            return [(start, stop, True)]
-        ranges = [full for mask in masks if (full := mask.full_range(self)) is not None]
-        if len(ranges) < len(masks):
-            return [(start, stop, True)]
-        low, high = _common(xp, ranges)
-        whole = start if low is None else chunk(low, size - 1, start, stop)
-        ragged = stop if high is None else chunk(high, 0, whole, stop)
-        return [(start, whole, True), (whole, ragged, False), (ragged, stop, True)]
-
-
-def _common(xp: Any, ranges: list[Range]) -> Range:
-    """Return the intersection of ranges whose ends may be None."""
-    lows = [low for low, _ in ranges if low is not None]
-    highs = [high for _, high in ranges if high is not None]
-    return (
-        reduce(xp.larger, lows) if lows else None,
-        reduce(xp.smaller, highs) if highs else None,
-    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from multiprocessing import get_context
 
 import libraries
@@ -43,6 +45,17 @@ def test_prediction_on_numpy(case, training):
     assert measured <= predicted <= 1.25 * measured
 
 
+@contextmanager
+def torch_threads(count):
+    torch = import_module("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def memory_threads(count):
     threadpoolctl = pytest.importorskip("threadpoolctl")
     return threadpoolctl.threadpool_limits(count, user_api="blas")
@@ -62,15 +75,11 @@ def test_prediction_on_two_threads(case, training):
 @pytest.mark.parametrize("case", grid("torch", QUICK | HALF))
 def test_prediction_on_torch(case, training):
     """By the allocator's record."""
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     found = plans.Case(libraries.library("torch"), case, training)
     measured = found.measured()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         predicted = found.plan().peak_bytes
-    finally:
-        torch.set_num_threads(before)
     assert measured <= predicted <= 1.25 * measured
 
 
@@ -87,12 +96,8 @@ def test_prediction_with_lse_on_torch(dtype, heads):
         return (out, lse, *torch.autograd.grad(out, tokens, x[: len(out)]))
 
     measured = memory.extra_bytes(lib, call, x, x, x)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         found = plan(x, x, x, return_lse=True, training=True)
-    finally:
-        torch.set_num_threads(before)
     assert found.implementation == ("native" if dtype == "float32" else "chunked")
     assert measured <= found.peak_bytes <= 1.25 * measured
 
@@ -101,14 +106,11 @@ def test_a_tile_of_torch_has_heads_for_all_threads():
     """Or more queries, where there are not as many heads; also of a call like an earlier one."""
     torch = pytest.importorskip("torch")
     x = torch.zeros(8, 8192, 64)
-    before, cut = torch.get_num_threads(), {}
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
+    cut = {}
+    for threads in (1, 2, 4):
+        with torch_threads(threads):
             found = [plan(y, y, y, implementation="chunked") for y in (x, x[:1])]
-            cut[threads] = [(one.query_chunk_size, one.tasks) for one in found]
-    finally:
-        torch.set_num_threads(before)
+        cut[threads] = [(one.query_chunk_size, one.tasks) for one in found]
     assert cut == {
         1: [(1024, 64), (1024, 8)],
         2: [(1024, 32), (2048, 4)],
@@ -119,10 +121,12 @@ def test_a_tile_of_torch_has_heads_for_all_threads():
 @pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_a_tile_has_all_heads_of_a_group(name):
     """And no more scores than one without groups: fewer queries of each head."""
+    pytest.importorskip(name)
     query, key = ArraySpec((8, 4096, 64)), ArraySpec((2, 4096, 64))
-    alone, grouped = (
-        plan(query, x, x, library=name, implementation="chunked") for x in (query, key)
-    )
+    with torch_threads(2) if name == "torch" else nullcontext():
+        alone, grouped = (
+            plan(query, x, x, library=name, implementation="chunked") for x in (query, key)
+        )
     assert grouped.query_chunk_size < alone.query_chunk_size
     scores = [one.terms[0] for one in (alone, grouped)]
     assert scores[0].name == "scores"
