@@ -29,6 +29,12 @@ class Mapped:
     tree: Any
 
     @property
+    def calls_kernel(self) -> bool:
+        """Whether a kernel of the library computes it."""
+        calls: bool = self.operation.calls_kernel
+        return calls
+
+    @property
     def residuals(self) -> tuple[str, ...]:
         """The names of the results that only the rules use."""
         names: tuple[str, ...] = self.operation.residuals

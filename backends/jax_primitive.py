@@ -1,7 +1,8 @@
 """JAX's transformations of operations that come with rules for their derivatives.
 
-Two primitives of JAX stand for every operation and its tangent, with the rules that JAX asks of any
-(https://docs.jax.dev/en/latest/jax-primitives.html).  Forward mode takes the operation's rule for
+Primitives of JAX stand for every operation and its tangent, with the rules that JAX asks of any
+(https://docs.jax.dev/en/latest/jax-primitives.html): one for the operations that call a kernel of
+JAX's, one for all others, and one for the tangents of both.  Forward mode takes the operation's rule for
 tangents.  To JAX, reverse mode is forward mode with what is linear in it transposed: the transpose
 of the tangent is the operation's rule for gradients.
 
@@ -16,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax._src.dispatch import prim_requires_devices_during_lowering as named_devices
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -26,11 +28,16 @@ from .jax_types import axes_of, shaped, vary
 Arrays = dict[str, Array]
 
 primitive, tangent_primitive = Primitive("chunkattn"), Primitive("chunkattn_tangent")
+kernel_primitive = Primitive("chunkattn_kernel")
+# JAX lowers its kernels for devices that it knows, and all else for any.  It tells by the primitives
+# in a function, does not see those inside of ours, and has no public name for this set.
+named_devices.add(kernel_primitive)
 
 
 def apply(adapter: Any, operation: Any, spec: Any, data: dict[str, Any], inputs: Arrays) -> Arrays:
     """Return the operation's results, so that JAX can differentiate and batch them."""
-    return _bound(primitive, adapter, operation, spec, data, inputs)
+    which = kernel_primitive if operation.calls_kernel else primitive
+    return _bound(which, adapter, operation, spec, data, inputs)
 
 
 def _bound(which: Any, adapter: Any, operation: Any, spec: Any, *arrays: dict[str, Any]) -> Arrays:
@@ -183,5 +190,6 @@ def _register(which: Any, compute: Any, jvp: Any, batch: Any) -> None:
     mlir.register_lowering(which, mlir.lower_fun(compute, multiple_results=True))
 
 
-_register(primitive, _compute, _jvp, _batch)
+for one in (primitive, kernel_primitive):
+    _register(one, _compute, _jvp, _batch)
 _register(tangent_primitive, _move, _jvp_of_tangent, _batch_tangent)

@@ -71,7 +71,7 @@ class Operation:
     """What the operations on derivatives have in common."""
 
     residuals: Names = ()
-    keeps_outputs = False
+    keeps_outputs = calls_kernel = False
     done = None
 
     def with_residuals(self, spec: Spec) -> Operation:
@@ -95,6 +95,7 @@ class Forward:
     residuals: Names = ()  # the names of further results, that only the rules use
 
     keeps_outputs = True
+    calls_kernel = False
 
     @staticmethod
     def kind(spec: Spec) -> str:

@@ -139,7 +139,7 @@ class Native(Operation):
     return_lse: bool
     residuals: Names = ()
 
-    keeps_outputs = True
+    keeps_outputs = calls_kernel = True
 
     @staticmethod
     def kind(spec: Spec) -> str:
@@ -225,6 +225,8 @@ class NativeBackward(Operation):
     causal: bool
     scale: float
     wanted: Names
+
+    calls_kernel = True
 
     @property
     def outputs(self) -> Names:
