@@ -8,7 +8,7 @@ GPU_LIBRARIES ?= cupy,torch-cuda,jax-cuda
 GPU_WORKERS ?= 1
 # The conformance suite proper: what runs on any library, and needs few packages.
 GPU_TESTS := $(patsubst %,tests/test_%.py,attention values pieces masks callables sinks_dropout \
-	properties accuracy memory peers vjp gradient_accuracy \
+	bounded properties accuracy memory peers vjp gradient_accuracy \
 	native interop interop_jax)
 
 VENV := .venv

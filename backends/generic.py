@@ -19,6 +19,7 @@ here written with the standard alone (2021.12 and later):
 ``add_product``       ``x + a @ b``, likewise; may overwrite `x`
 ``exp_difference``    ``exp(x - y)``; may overwrite `x`
 ``cap``               the softcap of scores; may overwrite its argument
+``seeks_bound(spec)`` whether to find out if scores are small, and need no maximum
 ``weigh``             the softmax of rows of scores, but for its division
 ``hide``              masking; may overwrite its argument
 ``maximum``           the larger of two arrays, element by element (standard since 2023.12)
@@ -75,8 +76,6 @@ class Adapter:
 
     #: True where batch entries and heads may be split over several tasks
     splits_batch = True
-    #: True where products take longer with batch axes of length 1 than without them
-    squeezes = False
     #: True where the library differentiates functions
     autodiff = False
 
@@ -188,6 +187,17 @@ class Adapter:
     def cap(self, s: Array, softcap: float) -> Array:
         """Return ``softcap * tanh(s / softcap)``; `s` may be overwritten."""
         return self.tanh(s / softcap) * softcap
+
+    def squeezes(self, like: Array) -> bool:
+        """Whether products take longer with batch axes of length 1 than without them."""
+        return False
+
+    def seeks_bound(self, spec: Any) -> bool:
+        """Whether scores of products alone are worth a look at the bound of all of them.
+
+        It reads queries and keys once more, and decides by `when`.
+        """
+        return False
 
     def weigh(self, s: Array, top: Array) -> tuple[Array, Array, Array]:
         """Return ``(weights, total, top)`` of the rows of scores, which may be overwritten.

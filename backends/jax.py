@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import jax
@@ -69,7 +70,6 @@ class Adapter(generic.Adapter):
 
     name = "jax"
     splits_batch = False
-    squeezes = True  # XLA for CPUs transposes tiles in memory for a product with such an axis
     autodiff = True
 
     @property
@@ -116,8 +116,18 @@ class Adapter(generic.Adapter):
 
     def tile_sizes(self, like: Array) -> TileSizes:
         """Return the sizes for the device of `like`, of a tracer for JAX's default."""
-        on_cpu = self._platform(like) == "cpu"
-        return of_cpu(rows=1024, at_once=2, edge=512) if on_cpu else OF_GPU
+        if self._platform(like) == "cpu":
+            return of_cpu(rows=1024, at_once=2, edge=512)
+        return OF_GPU._replace(elements=2 * OF_GPU.elements)  # XLA holds one array of a tile
+
+    def seeks_bound(self, spec: Any) -> bool:
+        """For long calls: one pass less over a tile, and the exponential within the product."""
+        scores: int = prod((*spec.batch, spec.heads, spec.n_q, spec.n_k))
+        return scores >= 2**24 and bool(min(spec.n_q, spec.n_k) >= 512)
+
+    def squeezes(self, like: Array) -> bool:
+        """On a CPU: XLA transposes tiles in memory there for a product with such an axis."""
+        return self._platform(like) == "cpu"
 
     def _platform(self, x: Array) -> str:
         """Return where `x` lives, or a tracer probably."""

@@ -2,9 +2,9 @@
 
 Primitives of JAX stand for every operation and its tangent, with the rules that JAX asks of any
 (https://docs.jax.dev/en/latest/jax-primitives.html): one for the operations that call a kernel of
-JAX's, one for all others, and one for the tangents of both.  Forward mode takes the operation's rule for
-tangents.  To JAX, reverse mode is forward mode with what is linear in it transposed: the transpose
-of the tangent is the operation's rule for gradients.
+JAX's, one for all others, and one for the tangents of both.  Forward mode takes the operation's
+rule for tangents.  To JAX, reverse mode is forward mode with what is linear in it transposed: the
+transpose of the tangent is the operation's rule for gradients.
 
 A function with these in it is to `jax.jit` as any other: its compiled calls need no Python, which
 those with a primitive of `jax.experimental.hijax` do.
@@ -29,8 +29,8 @@ Arrays = dict[str, Array]
 
 primitive, tangent_primitive = Primitive("chunkattn"), Primitive("chunkattn_tangent")
 kernel_primitive = Primitive("chunkattn_kernel")
-# JAX lowers its kernels for devices that it knows, and all else for any.  It tells by the primitives
-# in a function, does not see those inside of ours, and has no public name for this set.
+# JAX lowers its kernels for devices that it knows, and all else for any.  It tells by the
+# primitives in a function, does not see those inside of ours, and has no public name for this set.
 named_devices.add(kernel_primitive)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ._bounded import is_unbounded, may_be_bounded
 from ._loops import over_keys, over_queries
 from ._partial import Summary, log_sum, nonzero, rounding
 from ._problem import Problem
@@ -32,8 +33,18 @@ def chunked(
 
     `done` is called after each chunk of queries.
     """
+
+    def results(bounded: bool) -> dict[str, Array]:
+        problem = Problem(xp, spec, arrays, bounded)
+        return problem.results(over_queries(problem, _attend_queries, problem.outputs(names), done))
+
     problem = Problem(xp, spec, arrays)
-    return problem.results(over_queries(problem, _attend_queries, problem.outputs(names), done))
+    if not may_be_bounded(problem, names):
+        return results(bounded=False)
+    either: dict[str, Array] = xp.when(
+        is_unbounded(problem), partial(results, bounded=False), partial(results, bounded=True)
+    )
+    return either
 
 
 def _attend_queries(rows: Rows, outputs: dict[str, Array]) -> dict[str, Array]:
@@ -43,9 +54,7 @@ def _attend_queries(rows: Rows, outputs: dict[str, Array]) -> dict[str, Array]:
     if only is None:
         summary = over_keys(rows, partial(_attend_chunk, workspace), rows.nothing())
     else:
-        lowest = float(xp.finfo(rows.query.dtype).min)
-        top = xp.new(rows.query, (), lowest, rows.query.dtype)
-        weights, total, top = xp.weigh(scores(only, workspace), top)
+        weights, total, top = _weigh(only, workspace, rows.lowest())
         summary = gather(only, weights, only.value), total, top
     out, total, top = summary
     divisor = nonzero(xp, total)
@@ -61,10 +70,20 @@ def _attend_queries(rows: Rows, outputs: dict[str, Array]) -> dict[str, Array]:
 def _attend_chunk(workspace: Array | None, tile: Tile, summary: Summary) -> Summary:
     """Return the summary with one more chunk of keys in it."""
     xp, (acc, total, top) = tile.xp, summary
-    weights, more, new = xp.weigh(scores(tile, workspace), top)
+    weights, more, new = _weigh(tile, workspace, top)
     if new is not top:
         shrink = xp.exp(top - new)
         total *= shrink
         acc *= shrink
     total += more
     return gather_onto(tile, acc, weights, tile.value), total, new
+
+
+def _weigh(tile: Tile, workspace: Array | None, top: Array) -> Summary:
+    """Return the weights of a tile, their sums, and the maximum that they are relative to."""
+    xp, s = tile.xp, scores(tile, workspace)
+    if not tile.rows.problem.bounded:
+        weighed: Summary = xp.weigh(s, top)
+        return weighed
+    weights = xp.exp(s)
+    return weights, xp.sum(weights, axis=-1, keepdims=True, dtype=s.dtype), top

@@ -48,10 +48,13 @@ def heads_first(xp: Any, form: Any, x: Array) -> Array:
 
 
 class Problem:
-    """A call's arrays as views of shape ``(*batch, heads, n, d)``, and its masks whole again."""
+    """A call's arrays as views of shape ``(*batch, heads, n, d)``, and its masks whole again.
 
-    def __init__(self, xp: Any, spec: Spec, arrays: dict[str, Any]) -> None:
-        self.xp, self.spec = xp, spec
+    Scores are `bounded` where they are known to be small, so that no maximum is looked for.
+    """
+
+    def __init__(self, xp: Any, spec: Spec, arrays: dict[str, Any], bounded: bool = False) -> None:
+        self.xp, self.spec, self.bounded = xp, spec, bounded
         self.ndim = len(spec.batch) + 3
         self.query, self.key, self.value = (self.tokens(arrays[name]) for name in TOKENS)
         scale = arrays["scale"]

@@ -31,7 +31,7 @@ def squeezing(call: Call) -> Call:
         self: Any, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays
     ) -> dict[str, Array]:
         knowing = spec.calls_back or any(data["masks"])
-        if not xp.squeezes or knowing or not spec.batch or prod(spec.batch) != 1:
+        if knowing or not spec.batch or prod(spec.batch) != 1 or not xp.squeezes(inputs["query"]):
             return call(self, xp, spec, data, inputs)
         shapes = self.shapes(spec, data, inputs)
         block = spec.schedule.block[len(spec.batch) :]

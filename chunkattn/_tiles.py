@@ -135,10 +135,18 @@ class Rows:
         """Return the summary before any key: empty, or with the sinks in it."""
         xp, spec, sinks = self.xp, self.problem.spec, self.problem.sinks
         acc, total, top = empty(xp, self.query, self.lead, spec.d_v, spec.compute)
+        if self.problem.bounded:
+            top = self.lowest()
         if sinks is None:
             return acc, total, top
         sink_total, sink_top = of_sinks(xp, sinks[self.heads[-1]], spec.compute)
         return acc, total + sink_total, xp.maximum(top, sink_top)
+
+    def lowest(self) -> Array:
+        """Return the maximum before any key as one number; 0 where no maximum is looked for."""
+        compute = self.problem.spec.compute
+        top = 0.0 if self.problem.bounded else float(self.xp.finfo(compute).min)
+        return self.xp.new(self.query, (), top, compute)
 
     def only_tile(self) -> Tile | None:
         """Return the tile of these queries if there is one, seen whole, and nothing beside it."""

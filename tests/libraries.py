@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -307,3 +307,15 @@ def present(name):
     except Exception:  # an absent library, driver or device: each raises its own
         return False
     return True
+
+
+def compilations_of_its_own(lib):
+    """Keep JAX from what it compiled before, and from keeping what is compiled meanwhile."""
+    if not lib.name.startswith("jax"):
+        return nullcontext()
+    import jax
+
+    jax.clear_caches()
+    stack = ExitStack()
+    stack.callback(jax.clear_caches)
+    return stack
