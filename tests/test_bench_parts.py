@@ -93,6 +93,18 @@ def test_ways_take_turns(monkeypatch):
     assert [len(x) for x in samples.values()] == [_bench_timing.FEWEST_ROUNDS] * 2
 
 
+@pytest.mark.parametrize(("each", "events"), [(True, "cwcwcw"), (False, "cwccw")])
+def test_what_is_waited_for(monkeypatch, each, events):
+    """Where calls follow each other, the first of a sample and the last are waited for."""
+    monkeypatch.setattr(_bench_timing, "_REST_SECONDS", 0.0)
+    found = []
+    way = Way(partial(found.append, "c"), list, wait=lambda _: found.append("w"))
+    _bench_timing._sample(way, 2, each)
+    assert "".join(found).startswith(events)
+    assert found.count("c") == 3
+    assert found[-1] == "w"
+
+
 def test_an_error_of_chunkattn_gets_through():
     def fail():
         raise ZeroDivisionError

@@ -106,9 +106,10 @@ class Jax(Library):
             return [np.asarray((_turned(x) if nhd else x).astype(wide)) for x in found]
 
         return Way(
-            lambda: self.jax.block_until_ready(jitted(*given)),
+            lambda: jitted(*given),
             fetch,
             lambda: _planned_bytes(compiled),
+            wait=self.jax.block_until_ready,
         )
 
     def _visible(self, case: Case) -> Array | None:
@@ -139,6 +140,7 @@ class JaxCuda(Jax):
     """JAX on its first GPU."""
 
     platform = "gpu"
+    queues = True
     implementations = ("xla", "cudnn")
 
     def __init__(self) -> None:
@@ -150,7 +152,7 @@ class JaxCuda(Jax):
         n = 8192
         a, b = (self.jax.device_put(self.jax.numpy.ones((n, n), dtype), self.place) for _ in "ab")
         product = self.jax.jit(self.jax.numpy.matmul)
-        return Gemm(lambda: product(a, b).block_until_ready(), 2.0 * n**3)
+        return Gemm(lambda: product(a, b), 2.0 * n**3, self.jax.block_until_ready)
 
     def free_memory(self) -> int | None:
         """Return what the allocator may still take."""

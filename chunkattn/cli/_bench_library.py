@@ -30,6 +30,11 @@ class NotApplicableError(Exception):
     """What keeps a way from a case: a row that is not there, and no failure."""
 
 
+def there(result: Any) -> Any:
+    """Return a result that is there once it is returned."""
+    return result
+
+
 def unmeasured() -> int | None:
     """Return that nothing tells the memory."""
     return None
@@ -42,19 +47,22 @@ class Way:
     Attributes
     ----------
     call : callable
-        Computes and waits for the result.
+        Computes, or has a device begin to.
     fetch : callable
         From the result to NumPy arrays: the output, or the three gradients, of (1, h, n, d).
     memory : callable
         Bytes that one call holds at its peak beyond inputs and result; None where unknown.
     context : callable
         The context that calls are made in; to enter it is not timed.
+    wait : callable
+        Returns the result of a call once it is there.
     """
 
     call: Callable[[], Any]
     fetch: Callable[[Any], list[Array]]
     memory: Callable[[], int | None] = unmeasured
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    wait: Callable[[Any], Any] = there
 
 
 class Candidate(NamedTuple):
@@ -71,12 +79,14 @@ class Gemm(NamedTuple):
 
     call: Callable[[], Any]
     operations: float
+    wait: Callable[[Any], Any] = there
 
 
 class Library(ABC):
     """An array library on one device; making one raises ImportError where it is not there."""
 
     device = "cpu"
+    queues = False  # whether a call returns before its result is there, so that others may follow
 
     @abstractmethod
     def candidates(self, case: Case, implementations: tuple[str, ...]) -> Iterator[Candidate]:

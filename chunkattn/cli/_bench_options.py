@@ -70,6 +70,12 @@ def _add_ways(add: Callable[..., object]) -> None:
         help=f"of {', '.join(PEERS)} (default: all but flex, which is slow on the CPU)",
     )
     add("--rounds", type=_number, help=f"(default: {ROUNDS}; with --quick {QUICK_ROUNDS})")
+    add(
+        "--wait",
+        choices=("last", "each"),
+        default="last",
+        help="on a GPU, wait for the last of a sample's calls, or for each (default: last)",
+    )
     add("--seconds", type=positive, help="budget: fewer rounds, then fewer cases (default: none)")
     add("--quick", action="store_true", help="few sizes, in under two minutes on two cores")
 

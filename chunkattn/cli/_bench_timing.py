@@ -109,7 +109,7 @@ def prepare(candidate: Candidate, case: Case, free: int | None) -> Ready:
     try:
         way = candidate.make()
         with way.context():
-            result = way.fetch(way.call())
+            result = way.fetch(way.wait(way.call()))
     except (NotApplicableError, NotImplementedError) as error:
         raise NotApplicableError(_told(error)) from error
     except Exception as error:
@@ -166,40 +166,47 @@ def in_turns(
     gemm: Gemm,
     rounds: int,
     deadline: float,
+    each: bool = True,
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """Return samples by name, and the matrix product's rates, of as many rounds as time allows."""
+    """Return samples by name, and the matrix product's rates, of as many rounds as time allows.
+
+    Of the calls of a sample `each` is waited for, or the last alone.
+    """
     calls: dict[str, tuple[Way, int]] = {}
     for one in ready:
-        calls[one.name] = one.way, _count(one.way)
-    product = Way(gemm.call, lambda result: [])
-    product_count = _count(product)
+        calls[one.name] = one.way, _count(one.way, each)
+    product = Way(gemm.call, lambda result: [], wait=gemm.wait)
+    product_count = _count(product, each)
     samples: dict[str, list[float]] = {one.name: [] for one in ready}
     rates: list[float] = []
     for i in range(rounds):
         if i >= FEWEST_ROUNDS and perf_counter() > deadline:
             break
-        rates.append(gemm.operations / _sample(product, product_count))
+        rates.append(gemm.operations / _sample(product, product_count, each))
         # In random order, so that no way always follows the same other.
         for name in Random(i).sample(list(calls), len(calls)):
-            samples[name].append(_sample(*calls[name]))
+            samples[name].append(_sample(*calls[name], each))
     return samples, rates
 
 
-def _count(way: Way) -> int:
+def _count(way: Way, each: bool) -> int:
     """Return how many calls a sample takes, by a time without what disturbs a single call."""
-    seconds = _sample(way, 1)
+    seconds = _sample(way, 1, each)
     if seconds < _SAMPLE_SECONDS:
-        seconds = min(seconds, *(_sample(way, 1) for _ in range(4)))
+        seconds = min(seconds, *(_sample(way, 1, each) for _ in range(4)))
     return max(1, math.ceil(_SAMPLE_SECONDS / seconds))
 
 
-def _sample(way: Way, count: int) -> float:
+def _sample(way: Way, count: int, each: bool) -> float:
     """Return the mean time of `count` calls, once the threads of the way before are at rest."""
     sleep(_REST_SECONDS)
     with way.context():
         if count > 1:
-            way.call()  # wakes its own threads
+            way.wait(way.call())  # wakes its own threads
         begin = perf_counter()
         for _ in range(count):
-            way.call()
+            result = way.call()
+            if each:
+                way.wait(result)
+        way.wait(result)
         return (perf_counter() - begin) / count

@@ -110,11 +110,11 @@ class Torch(Library):
         def call() -> Any:
             out = attend(*tokens)
             if not case.backward:
-                return self.wait([out])
+                return [out]
             for x in tokens:
                 x.grad = None
             out.backward(d_out)  # not autograd.grad, which reentrant checkpoints refuse
-            return self.wait([x.grad for x in tokens])
+            return [x.grad for x in tokens]
 
         def fetch(result: Any) -> list[Array]:
             wide = self.torch.float64 if case.dtype == "float64" else self.torch.float32
@@ -127,7 +127,7 @@ class Torch(Library):
             with context():
                 return self.extra_bytes(call, d_out)
 
-        return Way(call, fetch, memory, context)
+        return Way(call, fetch, memory, context, self.wait)
 
     def _visible(self, case: Case) -> Array | None:
         if not case.causal:
@@ -176,6 +176,7 @@ class TorchCuda(Torch):
     """PyTorch on its current GPU."""
 
     place = "cuda"
+    queues = True
     backends = _CUDA_BACKENDS
 
     def __init__(self) -> None:
@@ -191,7 +192,7 @@ class TorchCuda(Torch):
             self.torch.ones(n, n, dtype=getattr(self.torch, dtype), device=self.place)
             for _ in range(2)
         )
-        return Gemm(lambda: self.wait(a @ b), 2.0 * n**3)
+        return Gemm(lambda: a @ b, 2.0 * n**3, self.wait)
 
     def wait(self, result: Any) -> Any:
         """Return the result once it is there."""
@@ -203,7 +204,7 @@ class TorchCuda(Torch):
         meter = _memory.start(like)
         if meter is None or meter.measure != "allocator":
             return None
-        result = call()
+        result = self.wait(call())
         return meter.rise() - nbytes(result)
 
     def free_memory(self) -> int | None:

@@ -11,6 +11,10 @@ own on a GPU) that is reached, where attention counts as 4 h n_q n_k d operation
 when causal, and forward and backward pass together as 3.5 times that.  Memory is the peak of one
 more call beyond its inputs and results: by tracemalloc for NumPy, PyTorch's profiler, the
 compiler's plan for JAX, the allocator on GPUs.  JAX is compiled, and compiled before it is timed.
+
+A sample has as many calls as take a fiftieth of a second.  On a GPU they follow each other, and the
+last is waited for: what the host does for a call is hidden behind the call before, unless it takes
+longer.  With --wait each it is in the figures.
 """
 
 from __future__ import annotations
@@ -100,7 +104,8 @@ class Bench:
                 self.notes.append(Note(name, _of(case), one.name, reason, wrong=True))
         ready = [one for one in ready if not one.wrong]
         rounds = self.options.rounds or (QUICK_ROUNDS if self.options.quick else ROUNDS)
-        samples, gemm = in_turns(ready, library.gemm(case.dtype), rounds, deadline)
+        each = not library.queues or self.options.wait == "each"
+        samples, gemm = in_turns(ready, library.gemm(case.dtype), rounds, deadline, each)
         ours = next((samples[one.name] for one in ready if one.ours), None)
         for one in ready:
             self.rows.append(
