@@ -16,15 +16,17 @@ from .generic import LOG2_E, SMALL, Array, Index
 from .torch_autograd import Call, Lifted, Operation, Watch, computed, tensors_in
 
 
-def _is_watched(x: Array) -> bool:
-    """Whether derivatives with respect to `x` may be asked for."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return True
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+def _is_watched(tensors: list[Array]) -> bool:
+    """Whether derivatives with respect to some of these may be asked for."""
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return True
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
         return True
     if forward_ad._current_level < 0:  # spare the question, which takes longer
         return False
-    return forward_ad.unpack_dual(x).tangent is not None
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 @functools.cache
@@ -170,7 +172,7 @@ class Adapter(generic.Adapter):
 
     def watched(self, arrays: Any) -> bool:
         """Whether some tensor requires gradients or is differentiated by `torch.func`."""
-        return any(map(_is_watched, tensors_in(arrays)))
+        return _is_watched(tensors_in(arrays))
 
     def promoted(self, tokens: dict[str, Array]) -> dict[str, Array]:
         """Cast to the dtype of a surrounding `torch.autocast`, as PyTorch's own attention does."""
@@ -255,8 +257,8 @@ class Adapter(generic.Adapter):
     def _apply(
         self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
     ) -> dict[str, Array]:
-        if not self.watched((inputs, data)):
-            return computed(self, operation, spec, data, inputs)
+        if not _is_watched([*inputs.values(), *tensors_in(data)]):
+            return computed(self, operation, spec, data, inputs, watched=False)
         operation = operation.with_residuals(spec)
         call = Call(self, operation, spec, data, tuple(inputs))
         found = Operation.apply(call, *Call.tensors(data, inputs))

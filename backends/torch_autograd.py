@@ -22,17 +22,29 @@ def is_shape(x: Array) -> bool:
 
 
 def computed(
-    adapter: Any, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
+    adapter: Any,
+    operation: Any,
+    spec: Any,
+    data: dict[str, Any],
+    inputs: dict[str, Array],
+    watched: bool = True,
 ) -> dict[str, Array]:
-    """Return the operation's results, in the dtypes that they are asked for."""
+    """Return the operation's results, in the dtypes that they are asked for.
+
+    A kernel sees no arrays but its own: where these are not `watched`, nothing is recorded.
+    """
     like = inputs["query"]
     if is_shape(like):
         shapes = operation.shapes(spec, data, inputs)
         return {name: like.new_empty(shape, dtype=t) for name, (shape, t) in shapes.items()}
     device = like.device.type
     mixed = torch.is_autocast_enabled(device)
+    found: dict[str, Array]
+    if operation.calls_kernel and not (watched or mixed):  # spare the contexts
+        found = operation(adapter, spec, data, inputs)
+        return found
     with torch.no_grad(), torch.autocast(device, enabled=False) if mixed else nullcontext():
-        found: dict[str, Array] = operation(adapter, spec, data, inputs)
+        found = operation(adapter, spec, data, inputs)
     return found
 
 
@@ -82,6 +94,8 @@ def tensors_in(x: Any) -> list[Array]:
         return []
     found: list[Array] = []
     for y in x:
+        if y is None or type(y) is int:  # spare them the question, which takes longer
+            continue
         if isinstance(y, torch.Tensor):
             found.append(y)
         elif isinstance(y, dict | tuple | list):

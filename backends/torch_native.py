@@ -148,31 +148,36 @@ def _widened(call: Any, rows: Place, keys: Place) -> Any:
 
 def choose(call: Any) -> tuple[Kernel | InFloat32 | None, bool, str]:
     """Return the kernel that PyTorch would take or None, whether it beats tiles, and why."""
-    tokens = tuple(map(_bare, call[:3]))
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tokens)):
-        return None, False, "the kernels do not know torch.vmap"
-    device, d = call.query.device.type, call.query.shape[-1]
-    if call.value.shape[-1] != d:
+    query, key, value, causal, scale = call
+    if _wrapped(query) or _wrapped(key) or _wrapped(value):
+        query, key, value = map(_bare, (query, key, value))
+        if _wrapped(query) or _wrapped(key) or _wrapped(value):
+            return None, False, "the kernels do not know torch.vmap"
+    device, d = query.device.type, query.shape[-1]
+    if value.shape[-1] != d:
         return None, False, "the kernels want values as wide as the keys"
     if device == "cuda" and d % 8:
         return None, False, "the kernels want a width that is a multiple of 8"
-    if any(x.stride(-1) != 1 for x in tokens):
+    if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
         return None, False, "the kernels want contiguous rows"
-    if is_shape(call.query):
+    if is_shape(query):
         return _ANY, True, "nothing is computed"
-    grouped = call.query.shape[1] != call.key.shape[1]
+    grouped = query.shape[1] != key.shape[1]
     number = torch._fused_sdp_choice(
-        *tokens, None, 0.0, call.causal, scale=call.scale, enable_gqa=grouped
+        query, key, value, None, 0.0, causal, scale=scale, enable_gqa=grouped
     )
     found = _KERNELS.get((device, number))
     if found is None:
         return None, False, "PyTorch has only its textbook attention for it"
-    if device == "cpu" and call.query.dtype not in (torch.float32, torch.float64):
-        of_head, _ = _copies(call.query.shape, call.key.shape, training=False)
+    if device == "cpu" and query.dtype not in (torch.float32, torch.float64):
+        of_head, _ = _copies(query.shape, key.shape, training=False)
         if of_head > COPIES:
             return _IN_FLOAT32, False, "a head's copies in float32 would be large"
         return _IN_FLOAT32, True, "faster than tiles, and PyTorch's own rounds the weights"
     return found, True, "as fast as PyTorch's attention is"
+
+
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _bare(x: Array) -> Array:

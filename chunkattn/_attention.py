@@ -239,7 +239,8 @@ def compute(
         return operation(request, implementation, return_lse=return_lse, reports=reports)
 
     request, algorithm, why = prepared((query, key, value), keywords, choose, memory_limit)
-    log.debug("%s: %s", algorithm.kind(request.spec), why)
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s: %s", algorithm.kind(request.spec), why)
     found = run(request, progress, algorithm)
     return (found["out"], found["lse"]) if return_lse else found["out"]
 

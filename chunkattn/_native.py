@@ -80,20 +80,21 @@ def _kernel(request: Request) -> tuple[Any, bool, str]:
     xp, spec, data, inputs = request.xp, request.spec, request.data, request.inputs
     if (why := xp.no_kernel(inputs)) is not None:  # spare the look at the call
         return None, False, why
-    causal = _causal(spec, data)
-    batches = [tuple(inputs[name].shape[:-3]) for name in TOKENS]
-    wide = xp.float64 if spec.dtype == xp.float64 else xp.float32
-    if (why := _lacking(spec, tuple(inputs), causal, spec.compute == wide)) is not None:
+    if "lacking" not in request.known:
+        request.known["lacking"] = _lacking(request)
+    if (why := request.known["lacking"]) is not None:
         return None, False, why
-    if batches.count(batches[0]) < len(batches):
-        return None, False, "the batch axes have to be broadcast"
-    found: tuple[Any, bool, str] = xp.kernel(plain(xp, spec, inputs, bool(causal), data["scale"]))
+    causal = bool(_causal(spec, data))
+    found: tuple[Any, bool, str] = xp.kernel(plain(xp, spec, inputs, causal, data["scale"]))
     return found
 
 
-@lru_cache
-def _lacking(spec: Spec, inputs: Names, causal: bool | None, wide: bool) -> str | None:
+def _lacking(request: Request) -> str | None:
     """Return why no kernel can do a call; None where one may."""
+    xp, spec, inputs = request.xp, request.spec, request.inputs
+    causal = _causal(spec, request.data)
+    batches = [tuple(inputs[name].shape[:-3]) for name in TOKENS]
+    wide = spec.compute == (xp.float64 if spec.dtype == xp.float64 else xp.float32)
     reasons = {
         "no kernel has a bias": "bias" in inputs,
         "no kernel has sinks": "sinks" in inputs,
@@ -105,6 +106,7 @@ def _lacking(spec: Spec, inputs: Names, causal: bool | None, wide: bool) -> str 
         "kernels do not choose their compute_dtype": not wide,
         "there is nothing to compute": 0 in (*spec.lead, spec.n_q, spec.n_k, spec.d_v),
         "the causal mask does not begin at the first query and key": causal is None,
+        "the batch axes have to be broadcast": batches.count(batches[0]) < len(batches),
     }
     return next((why for why, holds in reasons.items() if holds), None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ._adapters import common_adapter, is_array
@@ -29,11 +29,12 @@ IMPLEMENTATIONS = ("auto", "chunked", "native", "standard")
 LAYOUTS = ("hnd", "nhd")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
     """A checked call: the adapter, what is asked for, and the arrays by argument name.
 
-    `inputs` are the floating arrays that the result may be differentiated by.
+    `inputs` are the floating arrays that the result may be differentiated by.  `known` is for what
+    follows from all but the numbers in the arrays; calls that are checked together share it.
     """
 
     xp: Any
@@ -41,12 +42,13 @@ class Request:
     data: dict[str, Any]
     inputs: dict[str, Array]
     chunks_given: bool = False
+    known: dict[str, Any] = field(default_factory=dict)
 
     def apply(self, operation: Any, data: Any = None, inputs: Any = None) -> dict[str, Array]:
         """Return what an operation of `_calculus` gives for the call, with further arrays."""
-        found: dict[str, Array] = self.xp.differentiable(
-            operation, self.spec, self.data | (data or {}), self.inputs | (inputs or {})
-        )
+        data = self.data if data is None else self.data | data
+        inputs = self.inputs if inputs is None else self.inputs | inputs
+        found: dict[str, Array] = self.xp.differentiable(operation, self.spec, data, inputs)
         return found
 
 
@@ -79,7 +81,7 @@ def make_request(query: Array, key: Array, value: Array, **given: Any) -> Reques
         if len(_KEPT) >= _MOST:
             _KEPT.clear()
         _KEPT[made_of] = kept
-    return Request(xp, kept.spec, kept.data, inputs, kept.chunks_given)
+    return Request(xp, kept.spec, kept.data, inputs, kept.chunks_given, kept.known)
 
 
 def _checked(
