@@ -30,6 +30,8 @@ class Footprint(NamedTuple):
     ----------
     weights : int
         Arrays of the size of a tile beside its scores, while the softmax is taken.
+    powers : int
+        Those that `exp_difference` makes and the tile keeps, beside the memory of its scores.
     products : int
         Products of weights and values, where there is no mask: before they are added to others.
     inverses : int
@@ -46,11 +48,14 @@ class Footprint(NamedTuple):
         Bytes of a call: the objects of Python, where they count.
     packed : int
         Arrays of a tile's keys that products copy, where a compiler's plan leaves that out.
+    ordered : int
+        Copies that a product makes of an operand whose numbers do not follow each other.
     ordered_from : (int, int) or None
         Rows and multiplications from which a product copies a tile's keys, in one of several tasks.
     """
 
     weights: int = 3
+    powers: int = 0
     products: int = 1
     inverses: int = 1
     hashes: int = 6
@@ -60,6 +65,7 @@ class Footprint(NamedTuple):
     positions: int = 16_384
     objects: int = 131_072
     packed: int = 0
+    ordered: int = 0
     ordered_from: tuple[int, int] | None = None
 
 

@@ -18,7 +18,6 @@ class Adapter(InPlace):
     library = cp
     name = "cupy"
 
-    footprint = Footprint(weights=0, hashes=3, buffers=0, positions=0, objects=0)
     _exp_difference = cp.ElementwiseKernel("T x, T y", "T z", "z = exp(x - y)", "exp_difference")
 
     @property
@@ -33,6 +32,11 @@ class Adapter(InPlace):
     def tile_sizes(self, like: Array) -> TileSizes:
         """Return the sizes for GPUs."""
         return OF_GPU
+
+    def footprint(self, like: Array) -> Footprint:
+        """Return what CuPy holds of its own; its products copy what is transposed, or cut out."""
+        found = super().footprint(like)
+        return found._replace(buffers=3_072, positions=0, objects=0, ordered=1)
 
     def exp_difference(self, x: Array, y: Array) -> Array:
         """Overwrite `x` with ``exp(x - y)``, in one pass over memory."""

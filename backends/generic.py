@@ -37,7 +37,7 @@ here written with the standard alone (2021.12 and later):
 ``pushforward``       the tangent of a score_mod on a tile
 ``pullback``          the gradients of a score_mod on a tile
 ``watched``           whether derivatives by some arrays may be asked for
-``footprint``         what the library holds of its own beside the algorithm's arrays
+``footprint(like)``   what the library holds of its own beside the algorithm's arrays
 ``compiled_bytes``    what a compiled call holds, where a library plans that ahead
 ``stand_in``          calls a function with arrays of given shapes that take no memory
 ``no_kernel``         why no kernel takes arrays where these are
@@ -78,8 +78,6 @@ class Adapter:
     splits_batch = True
     #: True where the library differentiates functions
     autodiff = False
-
-    footprint = Footprint()
 
     def __init__(self, namespace: Any) -> None:
         self.namespace = namespace
@@ -286,6 +284,10 @@ class Adapter:
     def watched(self, arrays: Any) -> bool:
         """Whether derivatives by some of the arrays in a nest may be asked for."""
         return self.traced(arrays)
+
+    def footprint(self, like: Array) -> Footprint:
+        """Return what the library holds of its own, on the device of `like`."""
+        return Footprint()
 
     def compiled_bytes(self, function: Any, operation: Any, spec: Any, *arrays: Any) -> int | None:
         """Return what ``function(self, operation, spec, *arrays)`` holds beside its results.

@@ -225,10 +225,9 @@ class Adapter(generic.Adapter):
         """Call the algorithm compiled; the compilation is kept for equal shapes and keywords."""
         return tuple(_compiled(algorithm, self)(spec, arrays))
 
-    @property
-    def footprint(self) -> Footprint:  # type: ignore[override]
-        """What XLA's kernels take on a CPU: Eigen packs the operands of products."""
-        if jax.default_backend() != "cpu":
+    def footprint(self, like: Array) -> Footprint:
+        """Return what XLA's kernels take on a CPU: Eigen packs the operands of products."""
+        if self._platform(like) != "cpu":
             return Footprint(buffers=0, positions=0, objects=0)
         return Footprint(packed=2, buffers=73_728, positions=0, objects=0)
 

@@ -21,7 +21,10 @@ class InPlace(generic.Adapter):
     """The verbs of libraries whose ufuncs take ``out``, on the ``library`` of the subclass."""
 
     library: Any
-    footprint = Footprint(weights=0, hashes=3)
+
+    def footprint(self, like: Array) -> Footprint:
+        """Return what ufuncs that take ``out`` leave to hold."""
+        return Footprint(weights=0, hashes=3)
 
     def device(self, x: Array) -> Any:
         """Where `x` lives."""
@@ -112,10 +115,9 @@ class Adapter(InPlace):
         weights = _exp(s, lowest)
         return weights, _sums(weights), top
 
-    @property
-    def footprint(self) -> Footprint:  # type: ignore[override]
-        """What NumPy holds of its own, on this CPU."""
-        return _footprint()
+    def footprint(self, like: Array) -> Footprint:
+        """Return what NumPy holds of its own, on this CPU."""
+        return super().footprint(like)._replace(ordered_from=_ordered_from())
 
     @property
     def floats(self) -> dict[str, Any]:
@@ -203,9 +205,8 @@ def _pieces_are_fast() -> bool:
 
 
 @cache
-def _footprint() -> Footprint:
-    bounds = (numpy_pieces.MANY, numpy_pieces.LIMIT) if _pieces_are_fast() else None
-    return InPlace.footprint._replace(ordered_from=bounds)
+def _ordered_from() -> tuple[int, int] | None:
+    return (numpy_pieces.MANY, numpy_pieces.LIMIT) if _pieces_are_fast() else None
 
 
 @cache

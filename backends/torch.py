@@ -52,9 +52,6 @@ class Adapter(generic.Adapter):
 
     name = "torch"
     autodiff = True
-    footprint = Footprint(
-        weights=0, products=0, hashes=3, exact=1, buffers=3_072, positions=0, objects=0
-    )
 
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer, the barely supported unsigned ones included."""
@@ -169,6 +166,13 @@ class Adapter(generic.Adapter):
     def maximum(self, a: Array, b: Array) -> Array:
         """Return the larger of `a` and `b`, NaN where either is NaN."""
         return torch.maximum(a, b)
+
+    def footprint(self, like: Array) -> Footprint:
+        """Return what PyTorch holds of its own; on CUDA its fused exponential is a new tensor."""
+        powers = int(like.device.type == "cuda" and _fused_exp_difference() is not None)
+        return Footprint(
+            weights=0, powers=powers, products=0, hashes=3, buffers=3_072, positions=0, objects=0
+        )
 
     def watched(self, arrays: Any) -> bool:
         """Whether some tensor requires gradients or is differentiated by `torch.func`."""

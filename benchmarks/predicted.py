@@ -4,10 +4,10 @@
 
 Predicted is `Plan.peak_bytes`; measured is the most that a call holds at a time beyond inputs and
 outputs: by tracemalloc for NumPy, in one thread and in two; by the record of the allocator for
-PyTorch; for JAX the larger of XLA's memory analysis, which leaves out what its kernels take, and
-of what glibc's malloc has given out.  Where several threads compute, their fullest moments meet by
-chance: it is the most of ten calls on NumPy, and on JAX, where malloc is looked at as often as can
-be until the results are there, that of the fullest but one of thirty.
+PyTorch, and by the memory pools of a GPU; for JAX the larger of XLA's memory analysis, which leaves
+out what its kernels take, and of what glibc's malloc has given out.  Where several threads compute,
+their fullest moments meet by chance: it is the most of ten calls on NumPy, and on JAX, where malloc
+is looked at as often as can be until the results are there, that of the fullest but one of thirty.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import libraries
 import memory
 import plans
 
-THREADS = {"numpy": (1, 2), "torch": (1, 2), "jax": (2,)}
+THREADS = {"numpy": (1, 2), "torch": (1, 2), "jax": (2,), "cupy": (1,), "torch-cuda": (1,)}
 
 
 def rows(lib, threads) -> Iterator[tuple[str, str, int, int]]:
@@ -52,7 +52,7 @@ def report(given):
             yield "| call | | predicted, kB | measured, kB | ratio |\n|:--|:--|--:|--:|--:|"
             ratios = []
             for name, what, predicted, measured in rows(lib, threads):
-                ratios.append(predicted / measured)
+                ratios.append(predicted / max(measured, 1))  # some kernels take nothing
                 sizes = f"{predicted / 1000:,.0f} | {measured / 1000:,.0f}"
                 yield f"| {name} | {what} | {sizes} | {ratios[-1]:.2f} |"
             yield f"\nRatios from {min(ratios):.3f} to {max(ratios):.3f}."
@@ -61,7 +61,7 @@ def report(given):
 def main():
     """Run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--libraries", default="numpy,torch,jax", help="(default: all three)")
+    parser.add_argument("--libraries", default="numpy,torch,jax", help="(default: numpy,torch,jax)")
     parser.add_argument("--out", type=Path, help="write the report here")
     given = parser.parse_args()
     return write(report(given), given.out)

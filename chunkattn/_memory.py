@@ -144,7 +144,7 @@ def _counted(request: Request) -> Counted:
         has_bias="bias" in request.inputs,
         by_batch=bool(getattr(data["query_offset"], "shape", ())),
         threads=xp.at_once(spec.tasks),
-        footprint=xp.footprint,
+        footprint=xp.footprint(request.inputs["query"]),
         number=number_bytes(xp, spec.compute),
         given=number_bytes(xp, spec.dtype),
     )

@@ -123,7 +123,8 @@ class Counted:
         spec, own = self.spec, self.footprint
         wide, drops = int(self.widens), int(bool(spec.dropout))
         product = 1 if self.hides else own.products
-        weights = self.term("weights", own.weights, *SCORES)
+        cut = int(prod(spec.schedule.block) > 1 and spec.schedule.key_chunk < spec.n_k)
+        weights = self.term("weights", own.weights + own.powers, *SCORES)
         hashed = self.term("hash for dropout", own.hashes * drops, *SCORES, number=2)
         return [
             self.term("scores", *SCORES),
@@ -137,12 +138,14 @@ class Counted:
                 [
                     self.term("keys, widened", wide, *KEYS, "d"),
                     self._ordered(spec.tasks, "d"),
+                    self.term("keys, transposed", own.ordered, *KEYS, "d"),
                 ],
                 [weights, hashed],
                 [
                     weights,
                     self.term("product with values", product, *ROWS, "d_v"),
                     self.term("values, widened", wide, *KEYS, "d_v"),
+                    self.term("values, in order", own.ordered * cut, *KEYS, "d_v"),
                 ],
                 [self.term("out, rounded", wide, *ROWS, "d_v", number=self.given)],
             ),
@@ -175,7 +178,7 @@ class Counted:
         visible = self.term("visible pairs", unseen, *SCORES, number=1)
         rounded = [name for name in wanted if name in GRADIENTS and self.widens]
         tiles = [
-            self.term("weights and their gradient", 2, *SCORES),
+            self.term("weights and their gradient", 2 + own.powers, *SCORES),
             self.term("scores before score_mod", int(chained), *SCORES),
             self.term("weights that dropout keeps", drops, *SCORES, number=1),
             self.term("queries, scaled", *ROWS, "d"),
@@ -190,6 +193,7 @@ class Counted:
                     visible,
                     self.term("keys or values, widened", wide, *KEYS, width),
                     self._ordered(spec.blocks, width),
+                    self.term("keys or values, transposed", own.ordered, *KEYS, width),
                 ],
                 [visible, self.term("inverted", own.inverses * unseen, *SCORES, number=1)],
                 [visible, self.term("hash for dropout", own.hashes * drops, *SCORES, number=2)],
@@ -205,7 +209,13 @@ class Counted:
                     self.term("keys, widened", wide, *KEYS, "d"),
                     self.term("product for queries", *ROWS, "d"),
                 ],
-                [visible, self.term("product for keys", *KEYS, width)],
+                [
+                    visible,
+                    self.term("values, widened", wide, *KEYS, "d_v"),
+                    self.term("rows made finite", unseen, *ROWS, width),
+                    self.term("product for keys", *KEYS, width),
+                    self.term("weights, transposed", own.ordered, *SCORES),
+                ],
             ),
         ]
         return [

@@ -6,6 +6,7 @@ from functools import partial
 
 import libraries
 import numpy as np
+import plans
 import pytest
 from memory import extra_bytes, tokens
 
@@ -93,6 +94,20 @@ def test_bfloat16_is_widened_by_tile_in_jax(jax, request):
         request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     extra, copy = widened(libraries.library("jax"), "bfloat16")
     assert extra < copy / 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["cupy", "torch-cuda"])
+def test_prediction_on_a_gpu(name, training):
+    """Of tiles: what PyTorch's kernels for CUDA take for themselves is not known."""
+    if not libraries.present(name):
+        pytest.skip(f"{name} finds no device")
+    lib = libraries.library(name)
+    for case in plans.cases(lib):
+        if not case.startswith("auto"):
+            found = plans.Case(lib, case, training)
+            measured, predicted = found.measured(), found.plan().peak_bytes
+            assert measured <= predicted <= 1.25 * measured, case
 
 
 # Invisible tiles: the calls of the verbs, which each tile makes.
