@@ -17,13 +17,17 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax._src.dispatch import prim_requires_devices_during_lowering as named_devices
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from .generic import Array
 from .jax_mapped import Mapped
 from .jax_types import axes_of, shaped, vary
+
+try:
+    from jax._src.dispatch import prim_requires_devices_during_lowering as named_devices
+except ImportError:  # a JAX to come: calls of its kernels may lack derivatives there
+    named_devices = set()
 
 Arrays = dict[str, Array]
 

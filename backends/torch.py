@@ -13,7 +13,15 @@ from . import generic, torch_native
 from ._functions import of_floating
 from ._sizes import OF_GPU, Footprint, TileSizes, of_cpu
 from .generic import LOG2_E, SMALL, Array, Index
-from .torch_autograd import Call, Lifted, Operation, Watch, computed, tensors_in
+from .torch_autograd import (
+    Call,
+    Lifted,
+    Operation,
+    Watch,
+    computed,
+    is_captured,
+    tensors_in,
+)
 
 
 def _is_watched(tensors: list[Array]) -> bool:
@@ -177,6 +185,10 @@ class Adapter(generic.Adapter):
     def watched(self, arrays: Any) -> bool:
         """Whether some tensor requires gradients or is differentiated by `torch.func`."""
         return _is_watched(tensors_in(arrays))
+
+    def when(self, test: Array, then: Callable[[], Array], other: Callable[[], Array]) -> Array:
+        """Branch; but a CUDA graph that is captured cannot, and takes what is always right."""
+        return then() if is_captured(test) or test else other()
 
     def promoted(self, tokens: dict[str, Array]) -> dict[str, Array]:
         """Cast to the dtype of a surrounding `torch.autocast`, as PyTorch's own attention does."""

@@ -21,6 +21,11 @@ def is_shape(x: Array) -> bool:
     return (x.is_meta or isinstance(x, FakeTensor)) and get_proxy_mode() is None
 
 
+def is_captured(x: Array) -> bool:
+    """Whether what is done with `x` is captured for a CUDA graph, and nobody can look at it."""
+    return bool(x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def computed(
     adapter: Any,
     operation: Any,

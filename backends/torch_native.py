@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from .generic import Array
-from .torch_autograd import is_shape
+from .torch_autograd import is_captured, is_shape
 
 aten = torch.ops.aten
 
@@ -160,6 +160,8 @@ def choose(call: Any) -> tuple[Kernel | InFloat32 | None, bool, str]:
         return None, False, "the kernels want a width that is a multiple of 8"
     if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
         return None, False, "the kernels want contiguous rows"
+    if causal and is_captured(query):
+        return None, False, "no look at a kernel's result is captured for a CUDA graph"
     if is_shape(query):
         return _ANY, True, "nothing is computed"
     grouped = query.shape[1] != key.shape[1]

@@ -1,12 +1,15 @@
 """Where the time of a forward pass goes: the steps of one tile, beside the machine's products.
 
-    python benchmarks/floors.py [--libraries numpy,torch] [--dim 64,128] [--rounds 15] [--out FILE]
+    python benchmarks/floors.py [--libraries numpy,torch,jax] [--dim 64,128] [--rounds 15]
+        [--out FILE]
 
 In float32, nanoseconds for each score, of one core: NumPy's steps run on one thread, as each of its
 tasks does; PyTorch's on all, which share a tile, and the figure is the time by the number of cores.
 "product" is a large product of matrices with as many operations as the two of a tile: no attention
 that computes both can take less.  "call" is a whole call of attention, 8 heads of 4,096 tokens, by
-all its scores.  Medians of rounds, in which each step comes once.
+all its scores.  Medians of rounds, in which each step comes once.  JAX compiles a call as a whole:
+its two products of every tile are timed in a program of their own, and a call also with queries so
+long that it looks for maxima.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -24,7 +28,7 @@ import threadpoolctl
 from chunkattn.backends import _threads
 from machine import about, write
 
-from chunkattn import attention
+from chunkattn import attention, plan
 from chunkattn._adapters import adapter_of
 
 HEADS, LENGTH, LARGE = 8, 4096, 1024
@@ -91,10 +95,81 @@ class Steps:
         return (perf_counter() - begin) / (HEADS * LENGTH**2)
 
 
+class Compiled:
+    """What can be told apart of JAX's compiled call: its products, and the choice in it."""
+
+    def __init__(self, d):
+        self.jax, self.d = import_module("jax"), d
+        shape, numpy = (HEADS, LENGTH, d), self.jax.numpy
+        rng = np.random.default_rng(0)
+        draw = partial(rng.standard_normal, dtype=np.float32)
+        tokens = [numpy.asarray(draw(shape)) for _ in range(3)]
+        large = numpy.asarray(draw((LARGE, LARGE)))
+        chosen = plan(*tokens, implementation="chunked")
+        sizes = chosen.query_chunk_size, chosen.key_chunk_size
+        call = self.jax.jit(partial(attention, implementation="chunked"))
+        every = self.jax.jit(partial(self.products, *sizes))
+        square = self.jax.jit(partial(numpy.matmul, precision="highest"))
+        scores = HEADS * LENGTH**2
+        self.ways = {
+            "all products": (partial(every, *tokens), scores),
+            "product": (partial(square, large, large), 2 * LARGE**3 / (4 * d)),
+            "call": (partial(call, *tokens), scores),
+            "call with maxima": (partial(call, 10 * tokens[0], *tokens[1:]), scores),
+        }
+        self.timed()  # compiles
+
+    def products(self, rows, cols, query, key, value):
+        """Return the sum of both products of every tile, without a softmax."""
+        lax, numpy = self.jax.lax, self.jax.numpy
+
+        def tile(i, j, total):
+            q = lax.dynamic_slice_in_dim(query, i * rows, rows, 1)
+            k, v = (lax.dynamic_slice_in_dim(x, j * cols, cols, 1) for x in (key, value))
+            s = numpy.matmul(q, k.mT, precision="highest")
+            return total + numpy.matmul(s, v, precision="highest")
+
+        def chunk(i, out):
+            total = lax.fori_loop(
+                0, LENGTH // cols, partial(tile, i), numpy.zeros_like(query[:, :rows])
+            )
+            return lax.dynamic_update_slice_in_dim(out, total, i * rows, 1)
+
+        return lax.fori_loop(0, LENGTH // rows, chunk, numpy.zeros_like(query))
+
+    def timed(self):
+        """Return seconds of each way, for each score."""
+        found = {}
+        for name, (way, scores) in self.ways.items():
+            for _ in range(2):
+                begin = perf_counter()
+                way().block_until_ready()
+                found[name] = (perf_counter() - begin) / scores
+        return found
+
+
 def cores():
     """Return how many threads NumPy's BLAS takes."""
     counts = [x["num_threads"] for x in threadpoolctl.threadpool_info() if x["user_api"] == "blas"]
     return max(counts, default=1)
+
+
+def measured(library, d, number, count):
+    """Return the median seconds of each step, for each score, of one core."""
+    if library == "jax":
+        compiled = Compiled(d)
+        rounds = [compiled.timed() for _ in range(count)]
+        return {name: median(x[name] for x in rounds) * number for name in rounds[0]}
+    one = library == "numpy"
+    steps = Steps(library, d)
+    rounds, calls = [], []
+    for _ in range(count):
+        with threadpoolctl.threadpool_limits(1, user_api="blas") if one else nullcontext():
+            rounds.append(_threads.as_one_of(2, steps.timed))  # as in a call
+        calls.append(steps.called())
+    share = 1 if one else number
+    found = {name: median(x[name] for x in rounds) * share for name in rounds[0]}
+    return found | {"call": median(calls) * number}
 
 
 def report(given):
@@ -104,17 +179,8 @@ def report(given):
     for library in given.libraries.split(","):
         import_module(library)
         number = cores()
-        one = library == "numpy"
         for d in map(int, given.dim.split(",")):
-            steps = Steps(library, d)
-            rounds, calls = [], []
-            for _ in range(given.rounds):
-                with threadpoolctl.threadpool_limits(1, user_api="blas") if one else nullcontext():
-                    rounds.append(_threads.as_one_of(2, steps.timed))  # as in a call
-                calls.append(steps.called())
-            share = 1 if one else number
-            found = {name: median(x[name] for x in rounds) * share for name in rounds[0]}
-            found["call"] = median(calls) * number
+            found = measured(library, d, number, given.rounds)
             yield f"\n## {library}, d = {d}, {number} cores\n"
             yield "| step | ns | by the product |\n|:--|--:|--:|"
             for name, seconds in found.items():
@@ -124,7 +190,7 @@ def report(given):
 def main():
     """Run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--libraries", default="numpy,torch", help="(default: both)")
+    parser.add_argument("--libraries", default="numpy,torch,jax", help="(default: all three)")
     parser.add_argument("--dim", default="64,128", help="(default: 64,128)")
     parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")
     parser.add_argument("--out", type=Path, help="write the report here")

@@ -80,6 +80,7 @@ def test_check_of_shapes():
 
 def test_ways_take_turns(monkeypatch):
     monkeypatch.setattr(_bench_timing, "_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(_bench_timing, "_WAKE_SECONDS", 0.0)
     calls = []
     ready = [
         _bench_timing.Ready(name, False, Way(partial(calls.append, name), list)) for name in "AB"
@@ -95,11 +96,11 @@ def test_ways_take_turns(monkeypatch):
 
 @pytest.mark.parametrize(("each", "events"), [(True, "cwcwcw"), (False, "cwccw")])
 def test_what_is_waited_for(monkeypatch, each, events):
-    """Where calls follow each other, the first of a sample and the last are waited for."""
+    """Where calls follow each other, those before a sample and its last one are waited for."""
     monkeypatch.setattr(_bench_timing, "_REST_SECONDS", 0.0)
     found = []
     way = Way(partial(found.append, "c"), list, wait=lambda _: found.append("w"))
-    _bench_timing._sample(way, 2, each)
+    _bench_timing._sample(way, 1, 2, each)
     assert "".join(found).startswith(events)
     assert found.count("c") == 3
     assert found[-1] == "w"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from importlib import import_module
 
 import gradients
 import libraries
@@ -13,6 +14,7 @@ from array_api_compat import array_namespace
 from conftest import chosen
 
 from chunkattn import attention
+from chunkattn._adapters import adapter_of
 from chunkattn.masks import Causal, Window
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -275,3 +277,55 @@ def test_the_choice_of_auto(owner, dtypes, rng, caplog):
         assert choice(*one, causal=True, query_offset=63).startswith("native: ")
         assert choice(*arrays, query_chunk_size=32) == "chunked: chunk sizes are given"
         assert choice(*arrays, implementation="native").startswith("native: ")
+
+
+def _captured(function, *arrays):
+    """Return the result of a CUDA graph, captured of other numbers, for these."""
+    import torch
+
+    places = [torch.ones_like(x) for x in arrays]
+    function(*places)  # compiles what there is to compile
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function(*places)
+    for place, x in zip(places, arrays, strict=True):
+        place.copy_(x)
+    graph.replay()
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["auto", "chunked"])
+def test_cuda_graphs(rng, implementation):
+    """A captured call is right for every number, behind a mask too."""
+    if not libraries.present("torch-cuda"):
+        pytest.skip("PyTorch finds no CUDA device")
+    owner = libraries.library("torch-cuda")
+    call = partial(attention, implementation=implementation)
+    for dtype in KERNELS["torch-cuda"]:
+        arrays = tokens(owner, rng, dtype)
+        for causal in (False, True):
+            expected = chunked(*arrays, causal=causal)
+            close(owner, dtype, _captured(partial(call, causal=causal), *arrays), expected)
+        arrays[2][:, :, 40] = float("nan")
+        expected = chunked(*arrays, causal=True)
+        found = _captured(partial(call, causal=True), *arrays)
+        assert np.isfinite(owner.numpy(found)[:, :, :40]).all()
+        close(owner, dtype, found[:, :, :40], expected[:, :, :40])
+
+
+def test_what_is_captured_takes_no_branch(monkeypatch):
+    """A graph has what is right in either case, and no kernel whose result is to be looked at."""
+    torch = pytest.importorskip("torch")
+    from chunkattn.backends import torch_native
+
+    from chunkattn._plain import Plain
+
+    adapter = adapter_of(torch.ones(1), "x")
+    test = torch.zeros((), dtype=torch.bool)
+    assert adapter.when(test, lambda: 1, lambda: 2) == 2
+    for module in (import_module("chunkattn.backends.torch"), torch_native):
+        monkeypatch.setattr(module, "is_captured", lambda x: True)
+    assert adapter.when(test, lambda: 1, lambda: 2) == 1
+    arrays = [torch.ones(1, 2, 8, 8)] * 3
+    assert torch_native.choose(Plain(*arrays, False, 1.0))[0] is not None
+    assert torch_native.choose(Plain(*arrays, True, 1.0))[0] is None

@@ -21,6 +21,8 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2
 FEWEST_ROUNDS = 3
 _REST_SECONDS = 0.15  # BLAS looks out for more work, on all cores, for 2^28 ticks: 0.1 s at 2.6 GHz
 _SAMPLE_SECONDS = 0.02  # what one sample takes at least: that of many calls where they are small
+_WAKE_SECONDS = 0.05  # cores that were at rest take about this long to come back to their rate
+_LONG_SECONDS = 1.0  # and then it does not count
 
 
 class Spread(NamedTuple):
@@ -172,37 +174,44 @@ def in_turns(
 
     Of the calls of a sample `each` is waited for, or the last alone.
     """
-    calls: dict[str, tuple[Way, int]] = {}
+    calls: dict[str, tuple[Way, int, int]] = {}
     for one in ready:
-        calls[one.name] = one.way, _count(one.way, each)
+        calls[one.name] = one.way, *_counts(one.way, each)
     product = Way(gemm.call, lambda result: [], wait=gemm.wait)
-    product_count = _count(product, each)
+    product_counts = _counts(product, each)
     samples: dict[str, list[float]] = {one.name: [] for one in ready}
     rates: list[float] = []
     for i in range(rounds):
         if i >= FEWEST_ROUNDS and perf_counter() > deadline:
             break
-        rates.append(gemm.operations / _sample(product, product_count, each))
+        rates.append(gemm.operations / _sample(product, *product_counts, each))
         # In random order, so that no way always follows the same other.
         for name in Random(i).sample(list(calls), len(calls)):
             samples[name].append(_sample(*calls[name], each))
     return samples, rates
 
 
-def _count(way: Way, each: bool) -> int:
-    """Return how many calls a sample takes, by a time without what disturbs a single call."""
-    seconds = _sample(way, 1, each)
+def _counts(way: Way, each: bool) -> tuple[int, int]:
+    """Return how many calls come before a sample, and how many it takes.
+
+    By a time without what disturbs a single call.
+    """
+    seconds = _sample(way, 0, 1, each)
     if seconds < _SAMPLE_SECONDS:
-        seconds = min(seconds, *(_sample(way, 1, each) for _ in range(4)))
-    return max(1, math.ceil(_SAMPLE_SECONDS / seconds))
+        seconds = min(seconds, *(_sample(way, 1, 1, each) for _ in range(4)))
+    before = 0 if seconds > _LONG_SECONDS else math.ceil(_WAKE_SECONDS / seconds)
+    return before, max(1, math.ceil(_SAMPLE_SECONDS / seconds))
 
 
-def _sample(way: Way, count: int, each: bool) -> float:
-    """Return the mean time of `count` calls, once the threads of the way before are at rest."""
+def _sample(way: Way, before: int, count: int, each: bool) -> float:
+    """Return the mean time of `count` calls, after some `before`.
+
+    They come once the threads of the way before are at rest; so are its own, which have to wake.
+    """
     sleep(_REST_SECONDS)
     with way.context():
-        if count > 1:
-            way.wait(way.call())  # wakes its own threads
+        for _ in range(before):
+            way.wait(way.call())
         begin = perf_counter()
         for _ in range(count):
             result = way.call()

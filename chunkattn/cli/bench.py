@@ -12,9 +12,11 @@ when causal, and forward and backward pass together as 3.5 times that.  Memory i
 more call beyond its inputs and results: by tracemalloc for NumPy, PyTorch's profiler, the
 compiler's plan for JAX, the allocator on GPUs.  JAX is compiled, and compiled before it is timed.
 
-A sample has as many calls as take a fiftieth of a second.  On a GPU they follow each other, and the
-last is waited for: what the host does for a call is hidden behind the call before, unless it takes
-longer.  With --wait each it is in the figures.
+A sample has as many calls as take a fiftieth of a second.  It follows a rest, so that no threads of
+another way are awake, and calls for a twentieth of a second that wake the way's own (none where a
+call takes over a second).  On a GPU the calls follow each other, and the last is waited for: what
+the host does for a call is hidden behind the call before, unless it takes longer.  With --wait each
+it is in the figures.
 """
 
 from __future__ import annotations
