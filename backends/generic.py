@@ -19,7 +19,7 @@ here written with the standard alone (2021.12 and later):
 ``add_product``       ``x + a @ b``, likewise; may overwrite `x`
 ``exp_difference``    ``exp(x - y)``; may overwrite `x`
 ``cap``               the softcap of scores; may overwrite its argument
-``seeks_bound(spec)`` whether to find out if scores are small, and need no maximum
+``seeks_bound``       whether to find out if scores are small, and need no maximum
 ``weigh``             the softmax of rows of scores, but for its division
 ``hide``              masking; may overwrite its argument
 ``maximum``           the larger of two arrays, element by element (standard since 2023.12)
