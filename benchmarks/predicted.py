@@ -30,7 +30,7 @@ THREADS = {"numpy": (1, 2), "torch": (1, 2), "jax": (2,), "cupy": (1,), "torch-c
 
 def rows(lib, threads) -> Iterator[tuple[str, str, int, int]]:
     """Yield for each call its name, what it does, and the bytes predicted and measured."""
-    limits = {"numpy": memory._blas_threads, "torch": memory._torch_threads}
+    limits = {"numpy": memory.blas_threads, "torch": memory.torch_threads}
     for name in plans.cases(lib):
         for training in (False, True):
             case = plans.Case(lib, name, training)

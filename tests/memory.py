@@ -41,7 +41,7 @@ def extra_bytes(lib, function, *args, threads=1, **kwargs):
         return _of_jax(function, args, kwargs)
     measures = {"torch": of_torch_cpu, "torch-cuda": _of_cuda, "cupy": _of_cupy}
     measure = measures.get(lib.name, _of_numpy)
-    limits = {_of_numpy: _blas_threads, of_torch_cpu: _torch_threads}
+    limits = {_of_numpy: blas_threads, of_torch_cpu: torch_threads}
     with limits.get(measure, nullcontext)(threads):
         function(*(x[:8, :] for x in args))  # what a first call loads is no part of it
         gc.collect()
@@ -55,13 +55,13 @@ def nbytes(results):
     return sum(getattr(x, "_array", x).nbytes for x in arrays)
 
 
-def _blas_threads(count):
+def blas_threads(count):
     threadpoolctl = pytest.importorskip("threadpoolctl")
     return threadpoolctl.threadpool_limits(count, user_api="blas")
 
 
 @contextmanager
-def _torch_threads(count):
+def torch_threads(count):
     import torch
 
     before = torch.get_num_threads()

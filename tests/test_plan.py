@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
-from importlib import import_module
+from contextlib import nullcontext
 from multiprocessing import get_context
 
 import libraries
@@ -40,32 +39,16 @@ def test_prediction_on_numpy(case, training):
     """By tracemalloc, with one thread: a bound, and no more than a quarter above."""
     found = plans.Case(libraries.library("numpy"), case, training)
     measured = found.measured()
-    with memory_threads(1):
+    with memory.blas_threads(1):
         predicted = found.plan().peak_bytes
     assert measured <= predicted <= 1.25 * measured
-
-
-@contextmanager
-def torch_threads(count):
-    torch = import_module("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def memory_threads(count):
-    threadpoolctl = pytest.importorskip("threadpoolctl")
-    return threadpoolctl.threadpool_limits(count, user_api="blas")
 
 
 @MODES
 @pytest.mark.parametrize("case", grid("numpy"))
 def test_prediction_on_two_threads(case, training):
     found = plans.Case(libraries.library("numpy"), case, training)
-    with memory_threads(2):
+    with memory.blas_threads(2):
         predicted = found.plan().peak_bytes
     measured = found.measured(threads=2, enough=predicted / 1.25)
     assert measured <= predicted <= 1.25 * measured
@@ -78,7 +61,7 @@ def test_prediction_on_torch(case, training):
     pytest.importorskip("torch")
     found = plans.Case(libraries.library("torch"), case, training)
     measured = found.measured()
-    with torch_threads(1):
+    with memory.torch_threads(1):
         predicted = found.plan().peak_bytes
     assert measured <= predicted <= 1.25 * measured
 
@@ -96,7 +79,7 @@ def test_prediction_with_lse_on_torch(dtype, heads):
         return (out, lse, *torch.autograd.grad(out, tokens, x[: len(out)]))
 
     measured = memory.extra_bytes(lib, call, x, x, x)
-    with torch_threads(1):
+    with memory.torch_threads(1):
         found = plan(x, x, x, return_lse=True, training=True)
     assert found.implementation == ("native" if dtype == "float32" else "chunked")
     assert measured <= found.peak_bytes <= 1.25 * measured
@@ -108,7 +91,7 @@ def test_a_tile_of_torch_has_heads_for_all_threads():
     x = torch.zeros(8, 8192, 64)
     cut = {}
     for threads in (1, 2, 4):
-        with torch_threads(threads):
+        with memory.torch_threads(threads):
             found = [plan(y, y, y, implementation="chunked") for y in (x, x[:1])]
         cut[threads] = [(one.query_chunk_size, one.tasks) for one in found]
     assert cut == {
@@ -123,7 +106,7 @@ def test_a_tile_has_all_heads_of_a_group(name):
     """And no more scores than one without groups: fewer queries of each head."""
     pytest.importorskip(name)
     query, key = ArraySpec((8, 4096, 64)), ArraySpec((2, 4096, 64))
-    with torch_threads(2) if name == "torch" else nullcontext():
+    with memory.torch_threads(2) if name == "torch" else nullcontext():
         alone, grouped = (
             plan(query, x, x, library=name, implementation="chunked") for x in (query, key)
         )
@@ -227,7 +210,7 @@ def test_limit_of_a_kernel():
     """A kernel is taken where it fits, and tiles where it does not."""
     torch = pytest.importorskip("torch")
     x = torch.zeros(1, 4096, 64)
-    with memory_threads(1):
+    with memory.blas_threads(1):
         assert plan(x, x, x, memory_limit="8MB").implementation == "native"
         held = plan(x, x, x, memory_limit="500kB")
     assert (held.implementation, held.why) == (
