@@ -12,8 +12,9 @@ here written with the standard alone (2021.12 and later):
 ``new(like, …)``      a filled array on the device of `like`
 ``index(like, n)``    the integers 0 … n-1 on the device of `like`
 ``cast(x, dtype)``    `x` in `dtype`, itself where it is already
-``read``, ``write``   a run of entries along an axis; `start` may be traced
-``accumulate``        adds to a part of an array; its corner may be traced
+``read``, ``cut``     a run of entries along an axis, or along several; starts may be traced
+``write``             puts a part into an array; its corner may be traced
+``accumulate``        adds to a part of an array; likewise
 ``workspace``         memory that `matmul` may write to again and again, or None
 ``matmul``            the product in the dtype of its operands, which have the compute dtype
 ``add_product``       ``x + a @ b``, likewise; may overwrite `x`
@@ -65,10 +66,16 @@ from ._sizes import Footprint, TileSizes, of_cpu
 Array = Any
 State = Any
 Index = Any  # an int, or a traced integer array of no axes
+Cut = tuple[Index, int]  # of an axis: where it starts, and how many entries
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 LOG2_E = log2(e)
 SMALL = 10.0  # of a score: sums of e**10 or e**-10 are far from overflow and underflow
+
+
+def _place(value: Array, corner: Sequence[Index]) -> tuple[slice, ...]:
+    """Return where `value` lies in an array in which it begins at a `corner`."""
+    return tuple(slice(i, i + n) for i, n in zip(corner, value.shape, strict=True))
 
 
 class Adapter:
@@ -150,19 +157,21 @@ class Adapter:
 
     def read(self, x: Array, axis: int, start: Index, size: int) -> Array:
         """Return the `size` entries from `start` on along `axis`, counted from the end (< 0)."""
-        return x[(..., slice(start, start + size)) + (slice(None),) * (-axis - 1)]
+        return self.cut(x, [*(None,) * (x.ndim + axis), (start, size)])
 
-    def write(self, x: Array, value: Array, block: tuple[slice, ...], start: Index) -> Array:
-        """Put `value` into rows `start`, … (axis -2) of a block; return `x` or its successor."""
-        x[(*block, slice(start, start + value.shape[-2]), slice(None))] = value
+    def cut(self, x: Array, cuts: Sequence[Cut | None]) -> Array:
+        """Return a part of `x`; the cuts are of its leading axes, None leaves one whole."""
+        slices = (slice(None) if c is None else slice(c[0], c[0] + c[1]) for c in cuts)
+        return x[(*slices, ...)]
+
+    def write(self, x: Array, value: Array, corner: Sequence[Index]) -> Array:
+        """Put `value` into `x`, where it begins at a `corner`; return `x` or its successor."""
+        x[_place(value, corner)] = value
         return x
 
-    def accumulate(
-        self, x: Array, value: Array, block: tuple[slice, ...], row: Index, col: Index
-    ) -> Array:
-        """Add `value` at a row and a column of a block; return `x` or its successor."""
-        rows, cols = value.shape[-2:]
-        x[(*block, slice(row, row + rows), slice(col, col + cols))] += value
+    def accumulate(self, x: Array, value: Array, corner: Sequence[Index]) -> Array:
+        """Add `value` to what is in `x` at a `corner`; return `x` or its successor."""
+        x[_place(value, corner)] += value
         return x
 
     def workspace(self, like: Array, size: int, dtype: Any) -> Array | None:

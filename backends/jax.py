@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -145,20 +145,21 @@ class Adapter(generic.Adapter):
         """Return the integers 0 … size-1."""
         return jnp.arange(size)
 
-    def read(self, x: Array, axis: int, start: Index, size: int) -> Array:
-        """Return the `size` entries from `start` on along `axis`."""
-        return lax.dynamic_slice_in_dim(x, start, size, x.ndim + axis)
+    def cut(self, x: Array, cuts: Sequence[generic.Cut | None]) -> Array:
+        """Return a part of `x`."""
+        parts = [(0, n) for n in x.shape]
+        parts[: len(cuts)] = [cut or part for cut, part in zip(cuts, parts, strict=False)]
+        starts, sizes = zip(*parts, strict=True)
+        return lax.dynamic_slice(x, starts, sizes)
 
-    def write(self, x: Array, value: Array, block: tuple[slice, ...], start: Index) -> Array:
-        """Return `x` with `value` in rows `start`, …; a block is the whole batch here."""
-        return lax.dynamic_update_slice_in_dim(x, value, start, x.ndim - 2)
+    def write(self, x: Array, value: Array, corner: Sequence[Index]) -> Array:
+        """Return `x` with `value` in it."""
+        return lax.dynamic_update_slice(x, value, corner)
 
-    def accumulate(
-        self, x: Array, value: Array, block: tuple[slice, ...], row: Index, col: Index
-    ) -> Array:
-        """Return `x` with `value` added at a row and a column; a block is the whole batch here."""
-        start = (*(0 for _ in block), row, col)
-        return lax.dynamic_update_slice(x, lax.dynamic_slice(x, start, value.shape) + value, start)
+    def accumulate(self, x: Array, value: Array, corner: Sequence[Index]) -> Array:
+        """Return `x` with `value` added at a corner."""
+        more = lax.dynamic_slice(x, corner, value.shape) + value
+        return lax.dynamic_update_slice(x, more, corner)
 
     def matmul(self, a: Array, b: Array, workspace: Array | None = None) -> Array:
         """Return ``a @ b``, in full precision unless `jax.default_matmul_precision` is set."""

@@ -107,6 +107,13 @@ class Adapter(generic.Adapter):
         """Return the `size` entries from `start` on along `axis`."""
         return x.narrow(axis, start, size)
 
+    def cut(self, x: Array, cuts: Any) -> Array:
+        """Return a part of `x`."""
+        for axis, cut in enumerate(cuts):
+            if cut is not None:
+                x = x.narrow(axis, *cut)
+        return x
+
     def matrix_transpose(self, x: Array) -> Array:
         """Return a view with the last two axes exchanged."""
         return x.mT

@@ -88,7 +88,7 @@ class Moved:
 
 def of_sinks(rows: Rows, x: Array, dtype: Any) -> Array:
     """Return one number for each head as (h, 1, 1)."""
-    return rows.xp.cast(x[rows.heads[-1]], dtype)[:, None, None]
+    return rows.xp.cast(rows.of_heads(x), dtype)[:, None, None]
 
 
 def sink_weights(rows: Rows, lse: Array) -> Array:

@@ -14,6 +14,7 @@ from ._shapes import Shapes
 from .masks import Mask, Predicate
 
 Array = Any
+Cut = tuple[Any, int]  # of an axis: its first entry, which may be traced, and how many
 
 
 SMALLEST = 16  # queries or keys of a tile, where memory is limited
@@ -87,15 +88,21 @@ class Spec(Shapes):
             return 1
         return self.blocks * -(-self.n_q // self.schedule.query_chunk)
 
-    def block(self, number: Any) -> tuple[slice, ...]:
-        """Return the slices of block `number` on the batch axes and the axis of key heads."""
+    @property
+    def whole(self) -> tuple[Cut, ...]:
+        """The cuts of all batch entries and key heads."""
+        return tuple((0, n) for n in self.lead)
+
+    def block(self, number: Any) -> tuple[Cut, ...]:
+        """Return the cuts of block `number`, which may be traced where blocks are equal."""
         if self.blocks == 1:
-            return (slice(None),) * len(self.lead)
-        slices = []
+            return self.whole
+        cuts = []
         for n, size in zip(reversed(self.lead), reversed(self.schedule.block), strict=True):
             number, place = divmod(number, -(-n // size))
-            slices.append(slice(place * size, min((place + 1) * size, n)))
-        return tuple(reversed(slices))
+            start = place * size
+            cuts.append((start, size if n % size == 0 else min(size, n - start)))
+        return tuple(reversed(cuts))
 
 
 def schedule(

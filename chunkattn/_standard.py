@@ -26,7 +26,7 @@ def standard(
     if 0 in (*spec.lead, spec.n_q, spec.n_k):
         return chunked(xp, spec, arrays, names, done)
     problem = Problem(xp, spec, arrays)
-    rows = Rows(problem, (slice(None),) * len(spec.lead), 0, spec.n_q)
+    rows = Rows(problem, spec.whole, 0, spec.n_q)
     tile = Tile(rows, 0, spec.n_k, masked=bool(problem.masks))
     s = scores(tile)
     _, total, before = rows.nothing()

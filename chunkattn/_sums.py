@@ -7,6 +7,7 @@ from typing import Any
 
 from ._loops import over_blocks
 from ._problem import Problem
+from ._spec import Cut
 from ._tiles import Rows, Tile
 
 Array = Any
@@ -28,7 +29,7 @@ def _add(
     sums: Sums,
     name: str,
     value: Array,
-    block: tuple[slice, ...],
+    cuts: tuple[Cut, ...],
     row: Index,
     col: Index = 0,
 ) -> Sums:
@@ -41,9 +42,7 @@ def _add(
     axes = tuple(i for i, (whole, part) in enumerate(lengths) if whole == 1 and part != 1)
     if axes:
         value = xp.sum(value, axis=axes, keepdims=True, dtype=value.dtype)
-    row = 0 if total.shape[-2] == 1 else row
-    col = 0 if total.shape[-1] == 1 else col
-    return sums | {name: xp.accumulate(total, value, rows.cuts(total, block), row, col)}
+    return sums | {name: xp.accumulate(total, value, rows.corner(total, cuts, row, col))}
 
 
 def add_rows(rows: Rows, sums: Sums, name: str, value: Array) -> Sums:

@@ -10,6 +10,7 @@ from ._cached import cached_property
 from ._dropout import kept
 from ._partial import Summary, empty, of_sinks
 from ._problem import Problem
+from ._spec import Cut
 
 Array = Any
 Index = Any  # an int, or a traced integer
@@ -24,22 +25,20 @@ class Rows:
         The queries times the scale, in the compute dtype.
     lead : tuple of int
         The shape (…, h, size) of these queries.
-    heads : tuple of slice
-        The block's slices on the batch axes and the axis of query heads.
+    heads : tuple of (int, int)
+        The block's cuts, each a start and a size, of the batch axes and the axis of query heads.
     offset : int or array
         The position of query 0: an int, or integers that broadcast against the tile.
     key_offset, n_k : int
         The position of key 0, and the number of keys.
     repeated : int
         How many of the queries an earlier chunk has had already.
-    whole : bool
-        Whether the block has all batch entries and heads.
     """
 
     def __init__(
         self,
         problem: Problem,
-        block: tuple[slice, ...],
+        block: tuple[Cut, ...],
         start: Index,
         size: int,
         repeated: Index = 0,
@@ -47,14 +46,9 @@ class Rows:
         self.problem, self.block, self.start, self.size = problem, block, start, size
         self.repeated = repeated
         self.xp, spec = problem.xp, problem.spec
-        self.whole = block[-1] == slice(None)
-        if self.whole:
-            self.heads, self.lead = block, (*spec.batch, spec.heads, size)
-        else:
-            *batch, keys = block
-            keys = slice(keys.start * spec.group, keys.stop * spec.group)
-            self.heads = (*batch, keys)
-            self.lead = (*(c.stop - c.start for c in self.heads), size)
+        *batch, (key_head, count) = block
+        self.heads = (*batch, (key_head * spec.group, count * spec.group))
+        self.lead = (*(count for _, count in self.heads), size)
         self.offset, self.key_offset, self.n_k = problem.query_offset, problem.key_offset, spec.n_k
         if hasattr(self.offset, "shape"):
             self.offset = self.of_batch(self.offset)[..., None, None, None]
@@ -68,23 +62,13 @@ class Rows:
             query = self.xp.broadcast_to(query, (*self.lead, query.shape[-1]))
         return query
 
-    @cached_property
-    def key(self) -> Array:
-        """The block's keys: (…, h_k, n_k, d)."""
-        return self.of_block(self.problem.key, self.block)
-
-    @cached_property
-    def value(self) -> Array:
-        """The block's values: (…, h_k, n_k, d_v)."""
-        return self.of_block(self.problem.value, self.block)
-
     def of(self, problem: Problem) -> Rows:
         """Return the same queries of another problem of the same shapes."""
         return Rows(problem, self.block, self.start, self.size, self.repeated)
 
     def read(self, x: Array) -> Array:
         """Return these queries' part of an array (…, h, n_q, width), in the compute dtype."""
-        x = self.xp.read(self.of_block(x, self.heads), -2, self.start, self.size)
+        x = self.part(x, (*self.heads, (self.start, self.size)))
         return self.xp.cast(x, self.problem.spec.compute)
 
     def written(self, outputs: dict[str, Array], results: dict[str, Array]) -> dict[str, Array]:
@@ -93,7 +77,9 @@ class Rows:
         found = {}
         for name, x in outputs.items():
             result = xp.cast(results[name], spec.dtype if name == "out" else spec.compute)
-            found[name] = result if x is None else xp.write(x, result, self.heads, self.start)
+            found[name] = (
+                result if x is None else xp.write(x, result, self.corner(x, self.heads, self.start))
+            )
         return found
 
     def once(self, x: Array) -> Array:
@@ -117,19 +103,25 @@ class Rows:
         """Return this block's part of an array over the batch axes and `own` further axes."""
         batch = self.block[:-1]
         x = x[(None,) * (len(batch) + own - x.ndim) + (...,)]
-        return self.of_block(x, batch)
+        return self.part(x, batch)
 
-    def of_block(self, x: Array, block: tuple[slice, ...]) -> Array:
-        """Return this block's part of `x`; axes of length 1 broadcast and stay."""
-        if self.whole:
-            return x
-        return x[(*self.cuts(x, block), ...)]
+    def of_heads(self, x: Array) -> Array:
+        """Return this block's part of an array (h, …)."""
+        return self.part(x, self.heads[-1:])
 
-    @staticmethod
-    def cuts(x: Array, block: tuple[slice, ...]) -> tuple[slice, ...]:
-        """Return the slices of `block` on the leading axes of `x`; those of length 1 stay."""
-        shape = x.shape[: len(block)]
-        return tuple(slice(None) if n == 1 else cut for n, cut in zip(shape, block, strict=True))
+    def part(self, x: Array, cuts: tuple[Cut, ...]) -> Array:
+        """Return a part of `x`, cut along its leading axes; those of length 1 broadcast and stay.
+
+        It is one cut, so that no block is copied where a loop is traced.
+        """
+        lengths = zip(x.shape, cuts, strict=False)
+        needed = [None if n == 1 or n == size else (start, size) for n, (start, size) in lengths]
+        return self.xp.cut(x, needed) if any(needed) else x
+
+    def corner(self, x: Array, cuts: tuple[Cut, ...], row: Index, col: Index = 0) -> list[Index]:
+        """Return where in `x` the part begins that `cuts`, a row and a column tell."""
+        starts = (*(start for start, _ in cuts), row, col)
+        return [0 if n == 1 else start for n, start in zip(x.shape, starts, strict=True)]
 
     def nothing(self) -> Summary:
         """Return the summary before any key: empty, or with the sinks in it."""
@@ -139,7 +131,7 @@ class Rows:
             top = self.lowest()
         if sinks is None:
             return acc, total, top
-        sink_total, sink_top = of_sinks(xp, sinks[self.heads[-1]], spec.compute)
+        sink_total, sink_top = of_sinks(xp, self.of_heads(sinks), spec.compute)
         return acc, total + sink_total, xp.maximum(top, sink_top)
 
     def lowest(self) -> Array:
@@ -232,17 +224,14 @@ class Tile:
     def h(self) -> Array:
         """Query heads, broadcasting against the tile."""
         rows = self.rows
-        index = self.xp.index(rows.query, rows.problem.spec.heads)[rows.heads[-1]]
+        index = rows.of_heads(self.xp.index(rows.query, rows.problem.spec.heads))
         return rows.problem.aligned(index[:, None, None])
 
     def slice(self, x: Array) -> Array:
         """Return the tile's part of an array that broadcasts to ``(…, h, n_q, n_k)``."""
-        x = self.rows.of_block(self.rows.problem.aligned(x), self.rows.heads)
-        if x.shape[-2] != 1:
-            x = self.xp.read(x, -2, self.rows.start, self.rows.size)
-        if x.shape[-1] != 1:
-            x = self.xp.read(x, -1, self.start, self.size)
-        return x
+        rows = self.rows
+        cuts = (*rows.heads, (rows.start, rows.size), (self.start, self.size))
+        return rows.part(rows.problem.aligned(x), cuts)
 
     @property
     def hides(self) -> bool:
@@ -260,15 +249,15 @@ class Tile:
         return Tile(rows, self.start, self.size, self.masked)
 
     def _read(self, x: Array) -> Array:
-        x = self.xp.read(x, -2, self.start, self.size)
+        x = self.rows.part(x, (*self.rows.block, (self.start, self.size)))
         return self.xp.cast(x, self.rows.problem.spec.compute)
 
     @property
     def key(self) -> Array:
         """The tile's keys in the compute dtype: (…, h_k, size, d)."""
-        return self._read(self.rows.key)
+        return self._read(self.rows.problem.key)
 
     @property
     def value(self) -> Array:
         """The tile's values in the compute dtype: (…, h_k, size, d_v)."""
-        return self._read(self.rows.value)
+        return self._read(self.rows.problem.value)

@@ -166,9 +166,9 @@ def test_jvp_dtypes(lib, call, tokens):
         one.jvp()
 
 
-def slowly(self, x, value, block, row, col):
+def slowly(self, x, value, corner):
     """Add as `accumulate` does, and leave another thread time to spoil it."""
-    place = (*block, slice(row, row + value.shape[-2]), slice(col, col + value.shape[-1]))
+    place = tuple(slice(i, i + n) for i, n in zip(corner, value.shape, strict=True))
     total = x[place] + value
     sleep(5e-4)
     x[place] = total
