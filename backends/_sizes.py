@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from functools import cache
 from typing import NamedTuple
 
 
@@ -13,6 +11,9 @@ class TileSizes(NamedTuple):
     `least` is the size below which smaller tiles do not pay, however little of them a mask shows;
     those that a mask cuts shrink to `edge` in short calls.  Where a tile is `shared` by all cores,
     each should have heads of its own, or rows where there are not as many heads.
+
+    A tile has all batch entries and heads (``"whole"``), as many as fit (``"parts"``), or fewer, so
+    that all tiles have as many (``"even"``): these are for a library that traces one of them.
     """
 
     rows: int
@@ -21,6 +22,7 @@ class TileSizes(NamedTuple):
     least: int
     edge: int
     shared: bool = False
+    batch: str = "parts"
 
 
 class Footprint(NamedTuple):
@@ -73,21 +75,6 @@ class Footprint(NamedTuple):
 OF_GPU = TileSizes(8192, 8192, 2**26, 2048, 2048)
 
 
-@cache
-def second_cache() -> int:
-    """Return the bytes of a core's second-level cache; 1 MiB where the system does not tell."""
-    try:
-        told = os.sysconf("SC_LEVEL2_CACHE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not Linux
-        told = 0
-    return told if told > 0 else 2**20
-
-
-def of_cpu(rows: int, at_once: int = 1, edge: int = 256, shared: bool = False) -> TileSizes:
-    """Return the sizes for tiles that fill a second-level cache twice, and so many of them at once.
-
-    There are at most 768 keys: rows of 1024 lie 4 KiB apart, share the lines of a first-level
-    cache, and make the products of the backward pass slow.
-    """
-    cols = min(768, max(256, 2 * second_cache() // (4 * rows)))
-    return TileSizes(rows, cols, at_once * rows * cols, 1, edge, shared)
+# What fills a second-level cache of 1 MiB twice, in float32.  There are not 1024 keys: rows of 1024
+# numbers lie 4 KiB apart, share the lines of a first-level cache, and make products slow.
+OF_CPU = TileSizes(1024, 512, 2**19, 1, 256)

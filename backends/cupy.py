@@ -29,7 +29,7 @@ class Adapter(InPlace):
         """Return the number of the device that holds `x`."""
         return x.device.id
 
-    def tile_sizes(self, like: Array) -> TileSizes:
+    def tile_sizes(self, like: Array, backward: bool = False) -> TileSizes:
         """Return the sizes for GPUs."""
         return OF_GPU
 

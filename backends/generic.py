@@ -8,7 +8,7 @@ here written with the standard alone (2021.12 and later):
 ``floats``            name to dtype of the floating dtypes that attention takes
 ``device(x)``         where `x` lives, or None where that cannot be told (a traced array)
 ``setting(like)``     what a call depends on beside shapes and keywords: the device, modes
-``tile_sizes(like)``  the sizes of tiles that suit the device of `like`
+``tile_sizes(like)``  the sizes of tiles that suit the device of `like`, forward or backward
 ``new(like, …)``      a filled array on the device of `like`
 ``index(like, n)``    the integers 0 … n-1 on the device of `like`
 ``cast(x, dtype)``    `x` in `dtype`, itself where it is already
@@ -61,7 +61,7 @@ from typing import Any
 import array_api_compat
 
 from ._functions import Unlifted
-from ._sizes import Footprint, TileSizes, of_cpu
+from ._sizes import OF_CPU, Footprint, TileSizes
 
 Array = Any
 State = Any
@@ -81,8 +81,6 @@ def _place(value: Array, corner: Sequence[Index]) -> tuple[slice, ...]:
 class Adapter:
     """The standard's own way to do each verb; ``namespace`` is the library's namespace."""
 
-    #: True where batch entries and heads may be split over several tasks
-    splits_batch = True
     #: True where the library differentiates functions
     autodiff = False
 
@@ -139,9 +137,9 @@ class Adapter:
         """
         return self.device(like)
 
-    def tile_sizes(self, like: Array) -> TileSizes:
-        """Return the sizes of tiles that suit the device of `like`; here those for a CPU."""
-        return of_cpu(rows=1024)
+    def tile_sizes(self, like: Array, backward: bool = False) -> TileSizes:
+        """Return the sizes of tiles that suit the device of `like` in a pass; here for a CPU."""
+        return OF_CPU
 
     def new(self, like: Array, shape: Sequence[int], fill: float, dtype: Any) -> Array:
         """Return an array of `shape` and `dtype` full of `fill`, on the device of `like`."""

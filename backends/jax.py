@@ -13,7 +13,7 @@ from jax import lax
 
 from . import generic, jax_lifted, jax_native, jax_primitive, jax_types
 from ._functions import of_floating
-from ._sizes import OF_GPU, Footprint, TileSizes, of_cpu
+from ._sizes import OF_CPU, OF_GPU, Footprint, TileSizes
 from .generic import Array, Index, State
 
 # Returns its argument; under vmap, whether it holds anywhere in the batch, as one unbatched bool: a
@@ -69,7 +69,6 @@ class Adapter(generic.Adapter):
     """JAX, eager and under its transformations."""
 
     name = "jax"
-    splits_batch = False
     autodiff = True
 
     @property
@@ -114,11 +113,19 @@ class Adapter(generic.Adapter):
         """Return the platform, and whether there are 64-bit numbers."""
         return self._platform(like), jax.config.jax_enable_x64
 
-    def tile_sizes(self, like: Array) -> TileSizes:
-        """Return the sizes for the device of `like`, of a tracer for JAX's default."""
-        if self._platform(like) == "cpu":
-            return of_cpu(rows=1024, at_once=2, edge=512)
-        return OF_GPU._replace(elements=2 * OF_GPU.elements)  # XLA holds one array of a tile
+    def tile_sizes(self, like: Array, backward: bool = False) -> TileSizes:
+        """Return the sizes for the device of `like`, of a tracer for JAX's default.
+
+        A CPU's cores share a tile, and do so well for one head or few.  Where there are several
+        devices, heads may be shared out to them, and a tile of one would be sent to all.
+        """
+        if self._platform(like) != "cpu":  # XLA holds one array of a tile
+            return OF_GPU._replace(elements=2 * OF_GPU.elements, batch="whole")
+        sizes = OF_CPU._replace(elements=2 * OF_CPU.elements, edge=512)
+        if jax.device_count("cpu") > 1:
+            return sizes._replace(batch="whole")
+        rows, cols = (1024, 256) if backward else (2048, 512)
+        return sizes._replace(rows=rows, cols=cols, batch="even")
 
     def seeks_bound(self, spec: Any) -> bool:
         """For long calls: one pass less over a tile, and the exponential within the product."""
@@ -164,7 +171,13 @@ class Adapter(generic.Adapter):
     def matmul(self, a: Array, b: Array, workspace: Array | None = None) -> Array:
         """Return ``a @ b``, in full precision unless `jax.default_matmul_precision` is set."""
         chosen = jax.config.jax_default_matmul_precision
-        return jnp.matmul(a, b, precision=lax.Precision.HIGHEST if chosen is None else None)
+        precision = lax.Precision.HIGHEST if chosen is None else None
+        lead = a.shape[:-2]
+        if 1 not in lead or lead != b.shape[:-2] or self._platform(a) != "cpu":
+            return jnp.matmul(a, b, precision=precision)
+        ones = [axis for axis, n in enumerate(lead) if n == 1]
+        product = jnp.matmul(lax.squeeze(a, ones), lax.squeeze(b, ones), precision=precision)
+        return lax.expand_dims(product, ones)
 
     def maximum(self, a: Array, b: Array) -> Array:
         """Return the larger of `a` and `b`, NaN where either is NaN."""

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from . import generic, torch_native
 from ._functions import of_floating
-from ._sizes import OF_GPU, Footprint, TileSizes, of_cpu
+from ._sizes import OF_CPU, OF_GPU, Footprint, TileSizes
 from .generic import LOG2_E, SMALL, Array, Index
 from .torch_autograd import (
     Call,
@@ -81,11 +81,16 @@ class Adapter(generic.Adapter):
         """Where `x` lives."""
         return x.device
 
-    def tile_sizes(self, like: Array) -> TileSizes:
-        """Return the sizes for GPUs, or those for a CPU, whose threads share a tile."""
+    def tile_sizes(self, like: Array, backward: bool = False) -> TileSizes:
+        """Return the sizes for GPUs, or those for a CPU, whose threads share a tile.
+
+        The backward pass has two tiles at a time, each with half as many keys.
+        """
         if like.device.type != "cpu":
             return OF_GPU
-        return of_cpu(rows=1024, at_once=torch.get_num_threads(), shared=True)
+        cols = OF_CPU.cols // 2 if backward else OF_CPU.cols
+        elements = torch.get_num_threads() * OF_CPU.rows * cols
+        return OF_CPU._replace(cols=cols, elements=elements, shared=True)
 
     def setting(self, like: Array) -> Any:
         """Return the device, and how many threads PyTorch has."""

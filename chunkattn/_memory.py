@@ -99,10 +99,14 @@ def terms(request: Request, algorithm: Any, *, training: bool, to_come: int = 0)
     counted = _counted(request)
     if compiled is not None:
         scores = counted.term("scores", "heads", "query_chunk", "key_chunk")
+        packing = counted.packing(training=False)
+        if training:
+            later = replace(counted, spec=request.spec.backward)
+            packing = max(packing, later.packing(training=True), key=total)
         return [
             Term(scores.name, scores.formula, min(scores.bytes, compiled)),
             Term("other temporaries", "XLA's memory analysis", max(0, compiled - scores.bytes)),
-            *counted.packing(training),
+            *packing,
         ]
     again: list[Term] = []
     if isinstance(algorithm, Native):

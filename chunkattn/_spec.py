@@ -25,18 +25,18 @@ class Schedule:
     """How the work is cut: into tiles of queries and keys, and blocks of batch entries and heads.
 
     `block` counts the batch entries and key heads that one task takes, axis by axis.  The backward
-    pass, which has two tiles at a time, may have fewer keys to each: `backward_keys`.
+    pass, which has two tiles at a time, may be cut otherwise; None: it is not.
     """
 
     query_chunk: int
     key_chunk: int
     block: tuple[int, ...]
-    backward_keys: int
+    backward: Schedule | None = None
 
-    @property
-    def backward(self) -> Schedule:
-        """That of the backward pass."""
-        return replace(self, key_chunk=self.backward_keys)
+    def of_heads(self) -> Schedule:
+        """Return that of a call without batch axes, for one whose batch axes have length 1."""
+        backward = None if self.backward is None else self.backward.of_heads()
+        return replace(self, block=self.block[-1:], backward=backward)
 
     def tiles(self, xp: Any, shapes: Shapes) -> list[tuple[int, int]]:
         """Return the sizes (rows, cols) of the tiles of a call, each once."""
@@ -74,7 +74,7 @@ class Spec(Shapes):
     @property
     def backward(self) -> Spec:
         """That of the backward pass."""
-        return replace(self, schedule=self.schedule.backward)
+        return replace(self, schedule=self.schedule.backward or self.schedule)
 
     @cached_property
     def blocks(self) -> int:
@@ -123,24 +123,41 @@ def schedule(
     Few queries have more keys to a tile, or few keys more queries.  The query heads that share a
     head of keys are in one tile, which has as many fewer queries of each.
 
-    Where all cores share a tile, the backward pass has half as many keys to each of its two.
-
-    Where a library's tasks span the whole batch, the tile's size counts every batch entry.
+    Where a library's tiles span the whole batch, their size counts every batch entry.
 
     A tile has `most` scores, where that is given and chunks of `SMALLEST` allow it.
     """
-    sizes = xp.tile_sizes(query)
-    rows, cols = sizes.rows, sizes.cols
+    chunks = query_chunk_size, key_chunk_size
     limits = [limit for mask in masks if (limit := mask.tile_limit) is not None]
+    others = [512] if score_mod is not None else []
+    sizes, backward = xp.tile_sizes(query), xp.tile_sizes(query, backward=True)
+    found = _schedule(sizes, shapes, *chunks, limits, others, most)
+    if backward == sizes:
+        return found
+    return replace(found, backward=_schedule(backward, shapes, *chunks, limits, others, most))
+
+
+def _schedule(
+    sizes: Any,
+    shapes: Shapes,
+    query_chunk_size: int | None,
+    key_chunk_size: int | None,
+    limits: list[int],
+    others: list[int],
+    most: int | None,
+) -> Schedule:
+    """Choose for one pass, by a library's `sizes`; the `limits` are of masks, and `others`."""
+    whole, even = sizes.batch == "whole", sizes.batch == "even"
+    rows, cols = sizes.rows, sizes.cols
     if limits and not sizes.shared:
-        limits.append(max(sizes.edge, shapes.n_k // 8))  # of the keys, a small part
+        limits = [*limits, max(sizes.edge, shapes.n_k // 8)]  # of the keys, a small part
     elif limits:
         few = shapes.heads * prod(shapes.batch) < 4
-        limits.append(2 * sizes.edge if few else sizes.edge)
-    limits += [512] if score_mod is not None else []
+        limits = [*limits, 2 * sizes.edge if few else sizes.edge]
+    limits = limits + others
     if sizes.shared:
         rows *= max(1, sizes.elements // (rows * cols * max(1, prod(shapes.lead))))
-    group = max(1, shapes.group) if xp.splits_batch else 1  # else below, with all heads
+    group = 1 if whole else max(1, shapes.group)  # below, with all heads
     area, rows = rows * cols, max(1, rows // group)
     if limits:
         limit = max(sizes.least, min(limits))
@@ -155,10 +172,10 @@ def schedule(
         max(1, min(shapes.n_k, key_chunk_size or cols)),
     )
     budget = (sizes.elements if most is None else most) // shapes.group
-    whole = 1 if xp.splits_batch else prod(shapes.lead)
+    entries = prod(shapes.lead) if whole else 1
     floor = SMALLEST if most is not None else 64
-    if most is not None or not xp.splits_batch:
-        while whole * rows * cols > budget:
+    if most is not None or whole:
+        while entries * rows * cols > budget:
             fewer_rows = query_chunk_size is None and rows > floor
             fewer_cols = key_chunk_size is None and cols > floor
             if fewer_rows and (rows > cols or not fewer_cols):
@@ -167,14 +184,14 @@ def schedule(
                 cols = -(-cols // 2)
             else:
                 break
-    if not xp.splits_batch:
-        return Schedule(rows, cols, tuple(max(1, n) for n in shapes.lead), cols)
+    if whole:
+        return Schedule(rows, cols, tuple(max(1, n) for n in shapes.lead))
     room = max(1, budget // (rows * cols))
     block = []
     for n in reversed(shapes.lead):
         size = max(1, min(n, room))
+        while even and n % size:
+            size -= 1
         block.append(size)
         room = room // size if size == n else 1
-    halved = sizes.shared and not limits and key_chunk_size is None
-    backward_keys = min(cols, max(sizes.edge, cols // 2)) if halved else cols
-    return Schedule(rows, cols, tuple(reversed(block)), backward_keys)
+    return Schedule(rows, cols, tuple(reversed(block)))
