@@ -330,14 +330,14 @@ class Adapter:
     def lift(
         self,
         function: Callable[..., Array],
-        example: Callable[[int, int], tuple[Array, ...]],
-        sizes: list[tuple[int, int]],
+        example: Callable[..., tuple[Array, ...]],
+        sizes: list[Any],
     ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
         """Return ``(lifted, captured)`` with ``lifted(captured, *args) == function(*args)``.
 
         `captured` are the arrays that `function` holds and derivatives may be asked of, or that
-        are traced.  ``example(rows, cols)`` are the arguments for a tile; `sizes` those of the
-        tiles to come.
+        are traced.  ``example(*size)`` are the arguments for a tile; `sizes` those of the tiles to
+        come.
         """
         return Unlifted(function), ()
 

@@ -270,8 +270,8 @@ class Adapter(generic.Adapter):
     def lift(
         self,
         function: Callable[..., Array],
-        example: Callable[[int, int], tuple[Array, ...]],
-        sizes: list[tuple[int, int]],
+        example: Callable[..., tuple[Array, ...]],
+        sizes: list[Any],
     ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
         """Find the captured arrays by a trace for each size of a tile."""
         shapes = [jax.eval_shape(functools.partial(example, *size)) for size in sizes]

@@ -220,12 +220,12 @@ class Adapter(generic.Adapter):
     def lift(
         self,
         function: Callable[..., Array],
-        example: Callable[[int, int], tuple[Array, ...]],
-        sizes: list[tuple[int, int]],
+        example: Callable[..., tuple[Array, ...]],
+        sizes: list[Any],
     ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
         """Find the captured tensors by a call that is watched."""
         with torch.no_grad():
-            args = example(1, 1)
+            args = example(sizes[0][0], 1, 1)
             with Watch(args) as watch:
                 function(*args)
         captured = tuple(watch.captured)

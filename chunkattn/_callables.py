@@ -11,7 +11,7 @@ from ._shapes import broadcast
 from .masks import Predicate
 
 if TYPE_CHECKING:
-    from ._shapes import Shapes
+    from ._spec import TileShape
     from ._tiles import Tile
 
 Array = Any
@@ -120,28 +120,30 @@ class Modified:
 class Examples:
     """What the caller's functions are called with in a call, to find out what they capture.
 
-    `sizes` are those of the tiles, as (rows, cols).
+    `sizes` are those of the tiles: batch entries by axis and heads, rows, and columns.
     """
 
     def __init__(
         self,
         xp: Any,
-        shapes: Shapes,
         like: Array,
         data: dict[str, Any],
-        sizes: list[tuple[int, int]],
+        sizes: list[TileShape],
     ) -> None:
-        self.xp, self.shapes, self.like, self.data, self.sizes = xp, shapes, like, data, sizes
+        self.xp, self.like, self.data, self.sizes = xp, like, data, sizes
 
-    def place(self, rows: int, cols: int) -> tuple[Array, ...]:
+    def place(self, lead: tuple[int, ...], rows: int, cols: int) -> tuple[Array, ...]:
         """Return batch entries, heads and positions of the first tile of this size."""
-        xp, batch, heads = self.xp, self.shapes.batch, self.shapes.heads
+        xp, (*batch, heads) = self.xp, lead
         ones = (1,) * len(batch)
         query, key = (
             xp.cast(x, xp.index_dtype) if hasattr(x, "shape") else x
             for x in (self.data["query_offset"], self.data["key_offset"])
         )
         if hasattr(query, "shape"):
+            query = query[(None,) * (len(batch) - len(query.shape)) + (...,)]
+            lengths = zip(query.shape, batch, strict=True)
+            query = xp.cut(query, [None if n == 1 else (0, size) for n, size in lengths])
             query = query[..., None, None, None]
 
         def index(n: int, shape: tuple[int, ...]) -> Array:
@@ -163,9 +165,9 @@ class Examples:
     ) -> tuple[Lifted, tuple[Array, ...]]:
         """Return the function and what it captures."""
 
-        def scored(rows: int, cols: int) -> tuple[Array, ...]:
-            shape = (*self.shapes.batch, self.shapes.heads, rows, cols)
-            return self.xp.new(self.like, shape, 0.0, dtype), *self.place(rows, cols)
+        def scored(lead: tuple[int, ...], rows: int, cols: int) -> tuple[Array, ...]:
+            scores = self.xp.new(self.like, (*lead, rows, cols), 0.0, dtype)
+            return scores, *self.place(lead, rows, cols)
 
         function, captured = self.xp.lift(score_mod, scored, self.sizes)
         derivative = score_mod.derivative if isinstance(score_mod, ScoreMod) else None

@@ -161,9 +161,9 @@ def _checked(
     lifted = None
     calls_back = score_mod is not None or any(isinstance(m, Predicate) for m in masks)
     if calls_back and 0 not in (*shapes.lead, shapes.n_q, shapes.n_k):  # no tile, no call
-        whole = [(shapes.n_q, shapes.n_k)]
+        whole = [((*shapes.batch, shapes.heads), shapes.n_q, shapes.n_k)]
         tiles = whole if implementation == "standard" else size.tiles(xp, shapes)
-        examples = Examples(xp, shapes, query, data, tiles)
+        examples = Examples(xp, query, data, tiles)
         masks = tuple(examples.lift_mask(m) if isinstance(m, Predicate) else m for m in masks)
         if score_mod is not None:
             lifted, captured = examples.lift_score_mod(score_mod, compute)

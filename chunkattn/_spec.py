@@ -14,6 +14,7 @@ from ._shapes import Shapes
 from .masks import Mask, Predicate
 
 Array = Any
+TileShape = tuple[tuple[int, ...], int, int]  # batch entries by axis and heads, rows, columns
 Cut = tuple[Any, int]  # of an axis: its first entry, which may be traced, and how many
 
 
@@ -38,11 +39,15 @@ class Schedule:
         backward = None if self.backward is None else self.backward.of_heads()
         return replace(self, block=self.block[-1:], backward=backward)
 
-    def tiles(self, xp: Any, shapes: Shapes) -> list[tuple[int, int]]:
-        """Return the sizes (rows, cols) of the tiles of a call, each once."""
+    def tiles(self, xp: Any, shapes: Shapes) -> list[TileShape]:
+        """Return the shapes of a call's tiles, each once, where all blocks are equal."""
+        *batch, heads = self.block
         rows = [size for size, _, _ in xp.query_pieces(shapes.n_q, self.query_chunk)]
         cols = [size for size, _, _ in xp.pieces(shapes.n_k, self.key_chunk)]
-        return list(product(dict.fromkeys(rows), dict.fromkeys(cols)))
+        found = list(product([(*batch, heads * shapes.group)], rows, cols))
+        if self.backward is not None:
+            found += self.backward.tiles(xp, shapes)
+        return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 from array_api_compat import array_namespace
 
 from chunkattn import attention
+from chunkattn._adapters import adapter_of
 from chunkattn.interop import flex_attention
 
 COMPILED_QUICKLY = True
@@ -256,3 +257,35 @@ def test_traced_captures(rng):
     out = jax.jit(jax.vmap(one))(q, k, v, slopes, lengths)
     again = jnp.stack([one(*x) for x in zip(q, k, v, slopes, lengths, strict=True)])
     np.testing.assert_allclose(out, again, atol=1e-12)
+
+
+def test_traced_captures_of_blocks(rng, monkeypatch):
+    """Tiles may have some of the batch entries and heads, and other sizes in the backward pass."""
+    import jax
+    import jax.numpy as jnp
+
+    q = jnp.asarray(rng.standard_normal((2, 4, 20, 4)))
+    k = jnp.asarray(rng.standard_normal((2, 2, 20, 4)))
+    slopes, offsets = jnp.asarray(rng.standard_normal((2, 4))), jnp.asarray([3, 5])
+
+    def loss(q, k, slopes, offsets):
+        return attention(
+            q, k, k, query_offset=offsets,
+            score_mod=lambda s, b, h, i, j: s + slopes[b, h] * (j - i),
+            mask=lambda b, h, i, j: (slopes[b, h] > 0) | (j <= i),
+        ).sum()  # fmt: skip
+
+    gradients = jax.value_and_grad(loss, (0, 1, 2))
+    whole = gradients(q, k, slopes, offsets)
+    adapter = type(adapter_of(q, "query"))
+    sizes = adapter_of(q, "query").tile_sizes(q)._replace(elements=128)
+    assert sizes.batch == "even"  # there is one device
+    monkeypatch.setattr("chunkattn._request._KEPT", {})  # calls alike have other sizes there
+    monkeypatch.setattr(
+        adapter,
+        "tile_sizes",
+        lambda self, like, backward=False: sizes._replace(rows=16 if backward else 8, cols=8),
+    )
+    for found in gradients(q, k, slopes, offsets), jax.jit(gradients)(q, k, slopes, offsets):
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-10)
