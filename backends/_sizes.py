@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class TileSizes(NamedTuple):
@@ -22,7 +22,7 @@ class TileSizes(NamedTuple):
     least: int
     edge: int
     shared: bool = False
-    batch: str = "parts"
+    batch: Literal["parts", "even", "whole"] = "parts"
 
 
 class Footprint(NamedTuple):
