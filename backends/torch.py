@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from . import generic, torch_native
 from ._functions import of_floating
 from ._sizes import OF_CPU, OF_GPU, Footprint, TileSizes
-from .generic import LOG2_E, SMALL, Array, Index
+from .generic import LOG2_E, SMALL, Array
 from .torch_autograd import (
     Call,
     Lifted,
@@ -107,10 +107,6 @@ class Adapter(generic.Adapter):
     def cast(self, x: Array, dtype: Any) -> Array:
         """Return `x` in `dtype`."""
         return x if x.dtype == dtype else x.to(dtype)
-
-    def read(self, x: Array, axis: int, start: Index, size: int) -> Array:
-        """Return the `size` entries from `start` on along `axis`."""
-        return x.narrow(axis, start, size)
 
     def cut(self, x: Array, cuts: Any) -> Array:
         """Return a part of `x`."""

@@ -77,9 +77,9 @@ class Rows:
         found = {}
         for name, x in outputs.items():
             result = xp.cast(results[name], spec.dtype if name == "out" else spec.compute)
-            found[name] = (
-                result if x is None else xp.write(x, result, self.corner(x, self.heads, self.start))
-            )
+            if x is not None:
+                result = xp.write(x, result, self.corner(x, self.heads, self.start))
+            found[name] = result
         return found
 
     def once(self, x: Array) -> Array:
