@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from autodiff import CHUNKS, SHAPES, call, merged, score_mod, streamed
 from jax.test_util import check_grads
+from libraries import compiled_quickly
 
 from chunkattn import attention_jvp, attention_vjp, masks
 
@@ -20,9 +21,8 @@ ALL = (0, 1, 2)
 def _float64():
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with compiled_quickly():
+        yield
     jax.config.update("jax_enable_x64", before)
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from chunkattn import OnlineAttention, attention, masks
 
+COMPILED_QUICKLY = True
+
 CHUNKS = [(None, None), (7, 5), (4, 16)]
 B, H, N_Q, N_K = 2, 4, 19, 29
 

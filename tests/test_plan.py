@@ -20,6 +20,7 @@ MODES = pytest.mark.parametrize("training", [False, True], ids=["forward", "trai
 
 # The others are as slow as they are many; `benchmarks/predicted.py` prints them all.
 QUICK = {"one head", "8 heads, 2 of keys", "defaults", "auto, 8 heads", "float16", "causal", "bias"}
+TWO_THREADS = {"causal", "defaults"}  # called until both are seen at their most
 HALF = {"auto, 16 heads, bfloat16"}  # by a kernel on PyTorch
 
 
@@ -45,7 +46,7 @@ def test_prediction_on_numpy(case, training):
 
 
 @MODES
-@pytest.mark.parametrize("case", grid("numpy"))
+@pytest.mark.parametrize("case", grid("numpy", TWO_THREADS))
 def test_prediction_on_two_threads(case, training):
     found = plans.Case(libraries.library("numpy"), case, training)
     with memory.blas_threads(2):
