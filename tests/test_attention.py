@@ -8,6 +8,8 @@ import pytest
 
 from chunkattn import attention
 
+COMPILED_QUICKLY = True
+
 CHUNKS = [(None, None), (7, 11), (16, 8), (1, 3), (1000, 1000)]
 
 

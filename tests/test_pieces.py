@@ -10,6 +10,8 @@ import pytest
 
 from chunkattn import OnlineAttention, attention, merge
 
+COMPILED_QUICKLY = True
+
 SPLITS = [(), (8,), (0,), (29,), (1, 1, 2), (5, 17, 28), tuple(range(1, 29))]
 
 

@@ -8,6 +8,8 @@ from derivatives import pulled, pushed
 
 from chunkattn import attention, attention_vjp
 
+COMPILED_QUICKLY = True
+
 BAD = [np.nan, np.inf, -np.inf]
 CHUNKS = [(None, None), (4, 4), (3, 100)]
 
