@@ -20,7 +20,7 @@ MODES = pytest.mark.parametrize("training", [False, True], ids=["forward", "trai
 
 # The others are as slow as they are many; `benchmarks/predicted.py` prints them all.
 QUICK = {"one head", "8 heads, 2 of keys", "defaults", "auto, 8 heads", "float16", "causal", "bias"}
-TWO_THREADS = {"causal", "defaults"}  # called until both are seen at their most
+TWO_THREADS = {"causal", "defaults"}  # each calls until both threads held their most at once
 HALF = {"auto, 16 heads, bfloat16"}  # by a kernel on PyTorch
 
 
