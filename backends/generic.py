@@ -27,6 +27,7 @@ here written with the standard alone (2021.12 and later):
 ``index_dtype``       the dtype of positions
 ``as_index``          an integer array of no axes as loop bound
 ``smaller, larger``   of two loop bounds
+``nonfinite``         whether NaN or inf is in an array, as `when` takes it
 ``when``              a choice between two functions by a boolean array of no axes
 ``pieces``            how an axis is cut into chunks
 ``at_once``           how many steps of `each` run at a time
@@ -235,6 +236,10 @@ class Adapter:
     def larger(self, a: Index, b: Index) -> Index:
         """Return the larger of two loop bounds."""
         return max(a, b)
+
+    def nonfinite(self, x: Array, dtype: Any) -> Array:
+        """Return whether a NaN or inf is in `x`, or its sum in `dtype` is too large, for `when`."""
+        return ~self.isfinite(self.sum(x, dtype=dtype))
 
     def when(self, test: Array, then: Callable[[], Array], other: Callable[[], Array]) -> Array:
         """Return ``then()`` where `test` holds, else ``other()``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .torch_autograd import (
     Call,
     Lifted,
     Operation,
+    Recorded,
     Watch,
     computed,
     is_captured,
@@ -194,9 +196,17 @@ class Adapter(generic.Adapter):
         """Whether some tensor requires gradients or is differentiated by `torch.func`."""
         return _is_watched(tensors_in(arrays))
 
-    def when(self, test: Array, then: Callable[[], Array], other: Callable[[], Array]) -> Array:
+    def nonfinite(self, x: Array, dtype: Any) -> Array | bool:
+        """Look at the sum of `x`; on a CPU by Python, which takes less time."""
+        total = x.sum(dtype=dtype)
+        return not isfinite(total.item()) if total.is_cpu else ~total.isfinite()
+
+    def when(
+        self, test: Array | bool, then: Callable[[], Array], other: Callable[[], Array]
+    ) -> Array:
         """Branch; but a CUDA graph that is captured cannot, and takes what is always right."""
-        return then() if is_captured(test) or test else other()
+        unknown = test is not True and test is not False and is_captured(test)
+        return then() if unknown or test else other()
 
     def promoted(self, tokens: dict[str, Array]) -> dict[str, Array]:
         """Cast to the dtype of a surrounding `torch.autocast`, as PyTorch's own attention does."""
@@ -281,9 +291,13 @@ class Adapter(generic.Adapter):
     def _apply(
         self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
     ) -> dict[str, Array]:
-        if not _is_watched([*inputs.values(), *tensors_in(data)]):
+        held = tensors_in(data)
+        if not _is_watched([*inputs.values(), *held]):
             return computed(self, operation, spec, data, inputs, watched=False)
         operation = operation.with_residuals(spec)
-        call = Call(self, operation, spec, data, tuple(inputs))
-        found = Operation.apply(call, *Call.tensors(data, inputs))
+        call = Call(self, operation, spec, data, tuple(inputs), len(held))
+        # No derivative is asked of what is in `data`.
+        constants = (x.detach() if x.is_floating_point() else x for x in held)
+        function = Operation if torch._C._are_functorch_transforms_active() else Recorded
+        found = function.apply(call, *inputs.values(), *constants)
         return dict(zip(operation.outputs, found, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import count
@@ -44,8 +43,9 @@ def computed(
         return {name: like.new_empty(shape, dtype=t) for name, (shape, t) in shapes.items()}
     device = like.device.type
     mixed = torch.is_autocast_enabled(device)
+    recorded = torch.is_grad_enabled() and (watched or not operation.calls_kernel)
     found: dict[str, Array]
-    if operation.calls_kernel and not (watched or mixed):  # spare the contexts
+    if not (recorded or mixed):  # spare the contexts
         found = operation(adapter, spec, data, inputs)
         return found
     with torch.no_grad(), torch.autocast(device, enabled=False) if mixed else nullcontext():
@@ -60,24 +60,24 @@ class Call:
     """
 
     def __init__(
-        self, adapter: Any, operation: Any, spec: Any, data: dict[str, Any], names: tuple[str, ...]
+        self,
+        adapter: Any,
+        operation: Any,
+        spec: Any,
+        data: dict[str, Any],
+        names: tuple[str, ...],
+        held: int,
     ) -> None:
         self.adapter, self.operation, self.spec, self.names = adapter, operation, spec, names
-        numbers = count()
-        self.data = _rebuilt(data, numbers)  # numbers in place of tensors
-        self.size = len(names) + next(numbers)
-
-    @staticmethod
-    def tensors(data: dict[str, Any], inputs: dict[str, Array]) -> tuple[Array, ...]:
-        """Return the tensors of a call; no derivative is asked of those in `data`."""
-        held = (x.detach() if x.is_floating_point() else x for x in tensors_in(data))
-        return (*inputs.values(), *held)
+        self.data = _rebuilt(data, count()) if held else data  # numbers in place of tensors
+        self.held = held
+        self.size = len(names) + held
 
     def arrays(self, tensors: tuple[Array, ...]) -> tuple[dict[str, Any], dict[str, Array]]:
         """Return ``(data, inputs)`` with these tensors in them."""
         first = len(self.names)
         inputs = dict(zip(self.names, tensors[:first], strict=True))
-        return _filled(self.data, tensors[first:]), inputs
+        return _filled(self.data, tensors[first:]) if self.held else self.data, inputs
 
     def run(self, tensors: tuple[Array, ...]) -> tuple[Array, ...]:
         """Return the operation's results, in the order of ``operation.outputs``."""
@@ -87,6 +87,10 @@ class Call:
 
 class _Place(int):
     """The number of a tensor in the data of a call."""
+
+
+_NO_TENSORS = frozenset({type(None), bool, int, float})
+_NESTS = frozenset({dict, tuple, list})
 
 
 def tensors_in(x: Any) -> list[Array]:
@@ -99,9 +103,13 @@ def tensors_in(x: Any) -> list[Array]:
         return []
     found: list[Array] = []
     for y in x:
-        if y is None or type(y) is int:  # spare them the question, which takes longer
+        kind = type(y)
+        if kind in _NO_TENSORS:  # spare them the question, which takes longer
             continue
-        if isinstance(y, torch.Tensor):
+        if kind in _NESTS:
+            if y:
+                found += tensors_in(y)
+        elif isinstance(y, torch.Tensor):
             found.append(y)
         elif isinstance(y, dict | tuple | list):
             found += tensors_in(y)
@@ -204,8 +212,17 @@ class Operation(torch.autograd.Function):  # type: ignore[misc]
         return stacked, (0,) * len(stacked)
 
 
-# PyTorch asks for it at each call; it takes long to find out.
-Operation.forward.__signature__ = inspect.signature(Operation.forward)  # type: ignore[attr-defined]
+class Recorded(Operation):
+    """The same for a call outside of `torch.func`: PyTorch takes less time with one method."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Array) -> tuple[Array, ...]:  # type: ignore[override]
+        """Compute, and keep what the rules want."""
+        output = call.run(tensors)
+        Operation.setup_context(ctx, (call, *tensors), output)
+        return output
+
+    setup_context = torch.autograd.Function.setup_context  # as if it were not there
 
 
 def _saved(ctx: Any) -> tuple[dict[str, Any], dict[str, Array], dict[str, Array]]:

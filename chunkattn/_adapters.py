@@ -58,15 +58,19 @@ def loaded(x: Array) -> Any:
 
 def adapter_of(x: Array, name: str) -> Any:
     """Return the adapter for the array `x`, the argument called `name`."""
-    tracing = compiling()
+    return _checked(x, name, compiling())
+
+
+def _checked(x: Array, name: str, tracing: bool) -> Any:
+    """Do the work of `adapter_of`; `tracing` is whether the compiler looks on."""
     adapter = None if tracing else _BY_CLASS.get(type(x))
     if adapter is None:
-        adapter = _adapter_of(x, name, tracing)
+        adapter = _found(x, name, tracing)
     adapter.check(x, name)
     return adapter
 
 
-def _adapter_of(x: Array, name: str, tracing: bool) -> Any:
+def _found(x: Array, name: str, tracing: bool) -> Any:
     """Find the adapter for the class of `x`, and keep it unless the compiler looks on."""
     if tracing:
         from ._compiled import TORCH, is_tensor
@@ -87,10 +91,11 @@ def _adapter_of(x: Array, name: str, tracing: bool) -> Any:
 def common_adapter(arrays: Iterable[tuple[str, Array]]) -> Any:
     """Return the adapter that all `arrays`, with their names, share; refuse two libraries."""
     (first, x), *rest = arrays
-    xp = adapter_of(x, first)
+    tracing = compiling()
+    xp = _checked(x, first, tracing)
     device, place = xp.device(x), first
     for name, y in rest:
-        other = adapter_of(y, name)
+        other = _checked(y, name, tracing)
         if other is not xp:
             raise TypeError(
                 f"{first} is a {xp.name} array and {name} is a {other.name} array; "

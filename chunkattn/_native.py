@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Any
 
 from ._calculus import (
@@ -126,8 +127,8 @@ def _trusted(
     """Return what a kernel found, or what the tiles do where a NaN came through its mask."""
     if not causal:
         return found
-    total = sum(xp.sum(x, dtype=spec.compute) for name, x in found.items() if name != "lse")
-    trusted: Arrays = xp.when(~xp.isfinite(total), tiles, lambda: found)
+    tests = (xp.nonfinite(x, spec.compute) for name, x in found.items() if name != "lse")
+    trusted: Arrays = xp.when(reduce(or_, tests), tiles, lambda: found)
     return trusted
 
 

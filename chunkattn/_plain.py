@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import Any, NamedTuple
 
-from ._problem import TOKENS, heads_first
+from ._problem import heads_first
 from ._spec import Spec
 
 Array = Any
@@ -23,15 +23,21 @@ class Plain(NamedTuple):
 
 def plain(xp: Any, spec: Spec, inputs: dict[str, Array], causal: bool, scale: float) -> Plain:
     """Return a call in the terms of kernels."""
-    query, key, value = (four(xp, spec, inputs[name]) for name in TOKENS)
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    if not _is_plain(spec):
+        query, key, value = (four(xp, spec, x) for x in (query, key, value))
     if spec.group > 1 and not causal:  # the queries of a group are as good as queries of one head
         query = like(xp, query, (*key.shape[:2], spec.group * spec.n_q, query.shape[-1]))
     return Plain(query, key, value, causal, scale)
 
 
+def _is_plain(spec: Spec) -> bool:
+    return spec.layout == "hnd" and len(spec.batch) == 1
+
+
 def four(xp: Any, spec: Spec, x: Array) -> Array:
     """Return an array with the caller's axes as (b, h, n, width)."""
-    if spec.layout == "hnd" and len(spec.batch) == 1:
+    if _is_plain(spec):
         return x
     x = heads_first(xp, spec, x)
     return like(xp, x, (prod(spec.batch), *x.shape[-3:]))

@@ -81,7 +81,7 @@ def gather(tile: Tile, weights: Array, value: Array) -> Array:
 
     if not tile.hides:
         return plain()
-    return xp.when(~xp.isfinite(xp.sum(value, dtype=value.dtype)), careful, plain)
+    return xp.when(xp.nonfinite(value, value.dtype), careful, plain)
 
 
 def gather_onto(tile: Tile, acc: Array, weights: Array, value: Array) -> Array:
