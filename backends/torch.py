@@ -198,14 +198,15 @@ class Adapter(generic.Adapter):
 
     def nonfinite(self, x: Array, dtype: Any) -> Array | bool:
         """Look at the sum of `x`; on a CPU by Python, which takes less time."""
-        total = x.sum(dtype=dtype)
-        return not isfinite(total.item()) if total.is_cpu else ~total.isfinite()
+        if x.is_cpu:
+            return not isfinite(x.sum(dtype=dtype).item())
+        return super().nonfinite(x, dtype)
 
     def when(
         self, test: Array | bool, then: Callable[[], Array], other: Callable[[], Array]
     ) -> Array:
         """Branch; but a CUDA graph that is captured cannot, and takes what is always right."""
-        unknown = test is not True and test is not False and is_captured(test)
+        unknown = not isinstance(test, bool) and is_captured(test)
         return then() if unknown or test else other()
 
     def promoted(self, tokens: dict[str, Array]) -> dict[str, Array]:

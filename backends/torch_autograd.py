@@ -70,14 +70,14 @@ class Call:
     ) -> None:
         self.adapter, self.operation, self.spec, self.names = adapter, operation, spec, names
         self.data = _rebuilt(data, count()) if held else data  # numbers in place of tensors
-        self.held = held
         self.size = len(names) + held
 
     def arrays(self, tensors: tuple[Array, ...]) -> tuple[dict[str, Any], dict[str, Array]]:
         """Return ``(data, inputs)`` with these tensors in them."""
         first = len(self.names)
         inputs = dict(zip(self.names, tensors[:first], strict=True))
-        return _filled(self.data, tensors[first:]) if self.held else self.data, inputs
+        held = tensors[first:]
+        return _filled(self.data, held) if held else self.data, inputs
 
     def run(self, tensors: tuple[Array, ...]) -> tuple[Array, ...]:
         """Return the operation's results, in the order of ``operation.outputs``."""
@@ -90,7 +90,6 @@ class _Place(int):
 
 
 _NO_TENSORS = frozenset({type(None), bool, int, float})
-_NESTS = frozenset({dict, tuple, list})
 
 
 def tensors_in(x: Any) -> list[Array]:
@@ -103,16 +102,12 @@ def tensors_in(x: Any) -> list[Array]:
         return []
     found: list[Array] = []
     for y in x:
-        kind = type(y)
-        if kind in _NO_TENSORS:  # spare them the question, which takes longer
+        if type(y) in _NO_TENSORS:  # spare them the question, which takes longer
             continue
-        if kind in _NESTS:
-            if y:
-                found += tensors_in(y)
+        if isinstance(y, dict | tuple | list):
+            found += tensors_in(y)
         elif isinstance(y, torch.Tensor):
             found.append(y)
-        elif isinstance(y, dict | tuple | list):
-            found += tensors_in(y)
     return found
 
 
