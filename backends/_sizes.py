@@ -38,6 +38,8 @@ class Footprint(NamedTuple):
         Products of weights and values, where there is no mask: before they are added to others.
     inverses : int
         Copies of a boolean mask that `hide` makes.
+    bits : bool
+        Whether these are of integers as wide as scores, at most a byte for each score at a time.
     hashes : int
         Arrays of 32-bit integers of half the size of a tile, while dropout's hash is taken.
     saved, exact : int
@@ -60,6 +62,7 @@ class Footprint(NamedTuple):
     powers: int = 0
     products: int = 1
     inverses: int = 1
+    bits: bool = False
     hashes: int = 6
     saved: int = 3
     exact: int = 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _threads, generic, numpy_pieces
+from . import _bits, _threads, generic, numpy_pieces
 from ._sizes import Footprint
 from .generic import LOG2_E, SMALL, Array, Index, State
 
@@ -96,6 +96,14 @@ class Adapter(InPlace):
         x -= y
         return _exp(x, x.min(initial=0))
 
+    def hide(self, x: Array, allowed: Array, fill: float) -> Array:
+        """Overwrite `x` with `fill` where not `allowed`."""
+        if allowed.all():
+            return x
+        if x.size < _bits.FEW or _in_runs(allowed):
+            return super().hide(x, allowed, fill)
+        return _bits.hide(self, x, allowed, fill)
+
     def weigh(self, s: Array, top: Array) -> tuple[Array, Array, Array]:
         """Overwrite the scores with the weights.
 
@@ -117,7 +125,7 @@ class Adapter(InPlace):
 
     def footprint(self, like: Array) -> Footprint:
         """Return what NumPy holds of its own, on this CPU."""
-        return super().footprint(like)._replace(ordered_from=_ordered_from())
+        return super().footprint(like)._replace(bits=True, ordered_from=_ordered_from())
 
     @property
     def floats(self) -> dict[str, Any]:
@@ -187,6 +195,12 @@ class Adapter(InPlace):
         """Call the operation as `run` calls an algorithm."""
         with np.errstate(all="ignore"):
             return super().differentiable(operation, spec, _plain(data), _plain(inputs))
+
+
+def _in_runs(mask: Array) -> bool:
+    """Whether few values differ from the one before, as far as every 16th row tells."""
+    rows = np.atleast_2d(mask)[..., ::16, :]
+    return bool(8 * np.count_nonzero(rows[..., 1:] ^ rows[..., :-1]) < rows.size)
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import generic, torch_native
+from . import _bits, generic, torch_native
 from ._functions import of_floating
 from ._sizes import OF_CPU, OF_GPU, Footprint, TileSizes
 from .generic import LOG2_E, SMALL, Array
@@ -179,7 +179,11 @@ class Adapter(generic.Adapter):
 
     def hide(self, x: Array, allowed: Array, fill: float) -> Array:
         """Overwrite `x` with `fill` where not `allowed`."""
-        return x.masked_fill_(~allowed, fill)
+        if not x.is_cpu or x.numel() < _bits.FEW:
+            return x.masked_fill_(~allowed, fill)
+        if allowed.view(torch.uint8).min():  # all are; `all` takes many times as long
+            return x
+        return _bits.hide(self, x, allowed, fill)
 
     def maximum(self, a: Array, b: Array) -> Array:
         """Return the larger of `a` and `b`, NaN where either is NaN."""
@@ -188,9 +192,8 @@ class Adapter(generic.Adapter):
     def footprint(self, like: Array) -> Footprint:
         """Return what PyTorch holds of its own; on CUDA its fused exponential is a new tensor."""
         powers = int(like.device.type == "cuda" and _fused_exp_difference() is not None)
-        return Footprint(
-            weights=0, powers=powers, products=0, hashes=3, buffers=3_072, positions=0, objects=0
-        )
+        found = Footprint(weights=0, powers=powers, products=0, hashes=3, bits=like.is_cpu)
+        return found._replace(buffers=3_072, positions=0, objects=0)
 
     def watched(self, arrays: Any) -> bool:
         """Whether some tensor requires gradients or is differentiated by `torch.func`."""

@@ -290,7 +290,10 @@ class Counted:
                 self.term(name, made, "threads", *sizes, number=1),
                 self.term("buffers of positions", "threads", held, number=8),
             ]
-            told = min(made, 1) + own.inverses
+            copied = own.inverses
+            if own.bits and pairs:
+                copied *= min(self.number, self.term("", *SCORES[1:], number=1).bytes // pairs)
+            told = min(made, 1) + copied
             yield [self.term(name, told, "threads", *sizes, number=1)]
             if mask.key_arrays:
                 told = f"{name}, the range of keys"

@@ -7,6 +7,7 @@ import pytest
 from derivatives import pulled, pushed
 
 from chunkattn import attention, attention_vjp
+from chunkattn._adapters import adapter_of
 
 COMPILED_QUICKLY = True
 
@@ -33,6 +34,37 @@ def tokens(rng, heads=2, n_q=13, n_k=17):
         rng.standard_normal((2, heads, n_k, 6)),
         rng.standard_normal((2, heads, n_k, 3)),
     )
+
+
+MASKS = {
+    "pairs": (2, 3, 80, 96),
+    "heads": (3, 1, 1),
+    "positions": (80, 96),
+    "keys": (96,),
+    "keys of entries": (2, 1, 1, 96),
+    "queries": (80, 1),
+    "one query": (1, 8, 1, 5000),
+    "three queries of one head": (1, 1, 3, 12000),
+}
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("axes", MASKS)
+@pytest.mark.parametrize("fill", [-np.inf, 0.0])
+def test_hide(lib, rng, axes, fill):
+    """Many numbers at once, which some libraries mask otherwise than few."""
+    mask = MASKS[axes]
+    shape = np.broadcast_shapes(mask, (1, 1, 1, 1))
+    x = rng.standard_normal(shape if shape[-1] > 96 else MASKS["pairs"])
+    x[rng.random(x.shape) < 0.1] = np.nan
+    x[rng.random(x.shape) < 0.1] = np.inf
+    for dtype in lib.dtypes:
+        own = lib.asarray(x, dtype)
+        xp, given = adapter_of(own, "x"), lib.numpy(own)
+        for rate in (0.5, 0.0, 1.0):
+            allowed = rng.random(mask) >= rate
+            found = xp.hide(own * 1, lib.asarray(allowed), fill)  # a copy, to write to
+            np.testing.assert_array_equal(lib.numpy(found), np.where(allowed, given, fill))
 
 
 @pytest.mark.feature("queries that see nothing give 0 and -inf")
