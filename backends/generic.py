@@ -23,6 +23,7 @@ here written with the standard alone (2021.12 and later):
 ``seeks_bound``       whether to find out if scores are small, and need no maximum
 ``weigh``             the softmax of rows of scores, but for its division
 ``hide``              masking; may overwrite its argument
+``some``, ``every``   which columns have a true value, or nothing else
 ``maximum``           the larger of two arrays, element by element (standard since 2023.12)
 ``index_dtype``       the dtype of positions
 ``as_index``          an integer array of no axes as loop bound
@@ -220,6 +221,17 @@ class Adapter:
     def hide(self, x: Array, allowed: Array, fill: float) -> Array:
         """Return `x` with `fill` where not `allowed`; `x` may be overwritten."""
         return self.where(allowed, x, self.new(x, (), fill, x.dtype))
+
+    def some(self, x: Array) -> Array:
+        """Return which entries along the last of several axes are true anywhere in the others.
+
+        Where a library maps a function over an axis, it may be one of the others.
+        """
+        return self.any(x, axis=tuple(range(x.ndim - 1)))
+
+    def every(self, x: Array) -> Array:
+        """Return which entries along the last of several axes are true everywhere in the others."""
+        return self.all(x, axis=tuple(range(x.ndim - 1)))
 
     def maximum(self, a: Array, b: Array) -> Array:
         """Return the larger of `a` and `b`, NaN where either is NaN."""

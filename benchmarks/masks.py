@@ -3,8 +3,10 @@
     python benchmarks/masks.py [--n 8192] [--memory-n 16384] [--rounds 5] [--out FILE]
 
 Times are taken in turns (full, causal, window, segments, full, …) in one run; the ratio is that of
-the medians, with the range of the ratios round by round.  Memory is what one call allocates beyond
-inputs and outputs: NumPy by tracemalloc, JAX by XLA's memory analysis (temporaries).
+the medians, with the range of the ratios round by round.  Calls with a boolean array of n/2 queries
+and keys are set beside PyTorch's `scaled_dot_product_attention` (SDPA) with the same array.  Memory
+is what one call allocates beyond inputs and outputs: NumPy by tracemalloc, JAX by XLA's memory
+analysis (temporaries).
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from machine import about, write
 
 from chunkattn import attention, masks
 
-CASES = ("full", "causal", "window", "segments")
 BARS = {"causal": 0.62, "window": 0.12, "segments": 0.15}
 
 
@@ -54,21 +55,55 @@ def calls(name, n, heads=8, d=64):
     return {case: lambda f=f: wait(f(q, k, v, ids)) for case, f in functions.items()}
 
 
-def ratios(name, n, rounds):
-    """Return for each case the ratio of medians to full attention, and its range."""
-    functions = calls(name, n)
-    times = {case: [] for case in CASES}
+def booleans(n):
+    """Return boolean arrays by name."""
+    return {
+        "none": None,
+        "causal": np.tri(n, dtype=bool),
+        "three quarters of the keys": np.tile(np.arange(n) < n * 3 // 4 - 100, (n, 1)),
+        "irregular, half": np.random.default_rng(0).random((n, n)) < 0.5,
+    }
+
+
+def boolean_calls(n, mask, heads=8, d=64):
+    """Return calls with a boolean array as functions without arguments: each library's, SDPA."""
+    import torch
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    rng = np.random.default_rng(0)
+    tokens = [rng.standard_normal((1, heads, n, d), dtype=np.float32) for _ in range(3)]
+
+    def of(name, function):
+        asarray, compiled, wait = library(name)
+        own = [None if x is None else asarray(x) for x in (*tokens, mask)]
+        call = compiled(function)
+        return lambda: wait(call(*own))
+
+    found = {"sdpa": of("torch", lambda q, k, v, m: sdpa(q, k, v, attn_mask=m))}
+    for name in ("numpy", "torch", "jax"):
+        found[name] = of(name, lambda q, k, v, m: attention(q, k, v, mask=m))
+    return found
+
+
+def in_turns(functions, rounds):
+    """Return each function's times, without those of the first round, which warms up."""
+    times = {case: [] for case in functions}
     for i in range(rounds + 1):
-        for case in CASES:
+        for case, function in functions.items():
+            time.sleep(0.1)  # PyTorch's threads spin for a while after a call
             start = time.perf_counter()
-            functions[case]()
-            if i:  # the first round warms up
+            function()
+            if i:
                 times[case].append(time.perf_counter() - start)
-    full = times["full"]
-    for case in CASES[1:]:
-        each = [a / b for a, b in zip(times[case], full, strict=True)]
-        ratio = statistics.median(times[case]) / statistics.median(full)
-        yield case, ratio, min(each), max(each)
+    return times
+
+
+def ratios(times, to):
+    """Return for each other case the ratio of medians to case `to`, and its range."""
+    base = times.pop(to)
+    for case, own in times.items():
+        each = [a / b for a, b in zip(own, base, strict=True)]
+        yield case, statistics.median(own) / statistics.median(base), min(each), max(each)
 
 
 def memory_calls(asarray, xp):
@@ -105,8 +140,16 @@ def report(arguments):
     yield f"## Time relative to full attention (1 × 8 × {arguments.n} × 64, float32)\n"
     yield "| library | case | ratio | range over rounds | bar |\n|---|---|---|---|---|"
     for name in ("numpy", "torch", "jax"):
-        for case, ratio, low, high in ratios(name, arguments.n, arguments.rounds):
+        times = in_turns(calls(name, arguments.n), arguments.rounds)
+        for case, ratio, low, high in ratios(times, "full"):
             yield f"| {name} | {case} | {ratio:.3f} | {low:.3f}–{high:.3f} | {BARS[case]} |"
+    n = arguments.n // 2
+    yield f"\n## Boolean arrays, time relative to PyTorch's SDPA with the same (n = {n:,})\n"
+    yield "| array | library | ratio | range over rounds |\n|---|---|---|---|"
+    for kind, mask in booleans(n).items():
+        times = in_turns(boolean_calls(n, mask), arguments.rounds)
+        for name, ratio, low, high in ratios(times, "sdpa"):
+            yield f"| {kind} | {name} | {ratio:.2f} | {low:.2f}–{high:.2f} |"
     yield f"\n## Memory of one call (1 × {arguments.memory_n} × 64, float32), MiB\n"
     yield "| case | NumPy | JAX under jit |\n|---|---|---|"
     import jax.numpy as jnp

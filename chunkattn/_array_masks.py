@@ -14,6 +14,25 @@ if TYPE_CHECKING:
 Array = Any
 
 
+def _run(xp: Any, hit: Array) -> tuple[Array, Array, Array]:
+    """Return along the last axis the first hit, what follows the last, and whether all between hit.
+
+    Where there is no hit, the first two are equal.
+    """
+    hit = xp.astype(hit, xp.int8)
+    start = xp.argmax(hit, axis=-1)
+    stop = hit.shape[-1] - xp.argmax(xp.flip(hit, axis=-1), axis=-1)
+    count = xp.sum(hit, axis=-1, dtype=start.dtype)
+    stop = xp.where(count > 0, stop, start)
+    return start, stop, count == stop - start
+
+
+def _positions(rows: Rows, start: Array, stop: Array) -> Range:
+    """Return the positions of two key indices."""
+    offset = rows.key_offset
+    return rows.xp.as_index(start) + offset, rows.xp.as_index(stop) + offset
+
+
 @dataclass(frozen=True)
 class Segments(Mask):
     """Allow the pairs of equal ids: several documents packed into one sequence.
@@ -64,17 +83,13 @@ class Segments(Mask):
         """From the first key to the last one whose id lies among the queries'."""
         xp = rows.xp
         start, stop, _ = self._runs(rows)
-        return self._positions(rows, xp.min(start), xp.max(stop))
+        return _positions(rows, xp.min(start), xp.max(stop))
 
     def full_range(self, rows: Rows) -> Range:
         """Return the run of keys with the queries' id, where there is one of each."""
         xp = rows.xp
         start, stop, whole = self._runs(rows)
-        return self._positions(rows, xp.max(start), xp.min(xp.where(whole, stop, start)))
-
-    def _positions(self, rows: Rows, start: Array, stop: Array) -> Range:
-        offset = rows.key_offset
-        return rows.xp.as_index(start) + offset, rows.xp.as_index(stop) + offset
+        return _positions(rows, xp.max(start), xp.min(xp.where(whole, stop, start)))
 
     def _runs(self, rows: Rows) -> tuple[Array, Array, Array]:
         """Return by batch entry the key indices from first to last hit, and whether all in it hit.
@@ -86,12 +101,8 @@ class Segments(Mask):
         keys = rows.of_batch(self._keys, 1)
         low = xp.min(queries, axis=-1, keepdims=True)
         high = xp.max(queries, axis=-1, keepdims=True)
-        hit = xp.astype((keys >= low) & (keys <= high), xp.int8)
-        start = xp.argmax(hit, axis=-1)
-        stop = hit.shape[-1] - xp.argmax(xp.flip(hit, axis=-1), axis=-1)
-        count = xp.sum(hit, axis=-1, dtype=start.dtype)
-        stop = xp.where(count > 0, stop, start)
-        return start, stop, (low == high)[..., 0] & (count == stop - start)
+        start, stop, one = _run(xp, (keys >= low) & (keys <= high))
+        return start, stop, (low == high)[..., 0] & one
 
     def tile(self, tile: Tile) -> Array:
         """Compare ids."""
@@ -125,6 +136,11 @@ class Dense(Mask):
     allowed : boolean array
         Broadcasts to ``(…, h, n_q, n_k)``; it is sliced tile by tile and never expanded.
 
+    Notes
+    -----
+    The keys that a chunk of queries sees are looked up in the array, so that tiles before the first
+    and behind the last of them are skipped.
+
     Examples
     --------
     >>> import numpy as np
@@ -142,6 +158,32 @@ class Dense(Mask):
     def check(self, xp: Any, shapes: Shapes) -> None:
         """Refuse an array that is not boolean or does not broadcast to the scores."""
         shapes.check_mask(xp, "mask", self.allowed)
+
+    def key_range(self, rows: Rows) -> Range:
+        """From the first key that some query sees to the last one."""
+        part = self._part(rows)
+        if part is None:
+            return None, None
+        start, stop, _ = _run(rows.xp, rows.xp.some(part))
+        return _positions(rows, start, stop)
+
+    def full_range(self, rows: Rows) -> Range | None:
+        """Return the run of keys that all queries see, where there is one.
+
+        None where the array is traced: a loop more to compile takes longer than it spares.
+        """
+        part, xp = self._part(rows), rows.xp
+        if part is None or xp.traced(part):
+            return None
+        start, stop, one = _run(xp, xp.every(part))
+        return _positions(rows, start, xp.where(one, stop, start))
+
+    def _part(self, rows: Rows) -> Array | None:
+        """Return what these queries see; None where there is one tile, or that tells no keys."""
+        spec = rows.problem.spec
+        if self.tile_axes[-1:] != "k" or spec.n_k <= spec.schedule.key_chunk:
+            return None
+        return rows.part(rows.problem.aligned(self.allowed), (*rows.heads, (rows.start, rows.size)))
 
     def tile(self, tile: Tile) -> Array:
         """Slice the array."""
@@ -161,3 +203,8 @@ class Dense(Mask):
     def tile_arrays(self) -> int:
         """None: it is a view."""
         return 0
+
+    @property
+    def key_arrays(self) -> int:
+        """Which keys are seen."""
+        return 5 if self.tile_axes[-1:] == "k" else 0

@@ -115,6 +115,31 @@ def test_segments_of_one_sequence(check, rng, tokens):
     check_mask(check, (q, k, v), lambda x: (masks.Segments(x), masks.Causal()), [ids], allowed)
 
 
+BOOLEANS = {
+    "run": lambda rng: np.abs(distances(4)) < 6,
+    "runs": lambda rng: (np.abs(distances(4)) < 6) | (np.arange(N_K) == 0),
+    "far apart": lambda rng: np.abs(distances(4)) > 8,
+    "keys of entries": lambda rng: np.arange(N_K) < np.asarray([9, 22])[:, None, None, None],
+    "none of some": lambda rng: np.arange(N_K) >= np.asarray([5, 90])[:, None, None, None],
+    "heads": lambda rng: np.arange(N_K) >= np.asarray([0, 9, 20, 28])[:, None, None],
+    "queries": lambda rng: np.arange(N_Q)[:, None] > 8,
+    "one for all": lambda rng: np.asarray([True]),
+    "irregular": lambda rng: rng.random((B, 1, N_Q, N_K)) < 0.1,
+}
+
+
+@pytest.mark.feature("mask array, of every broadcast shape")
+@pytest.mark.parametrize("kind", BOOLEANS)
+def test_booleans(check, rng, tokens, kind):
+    """Arrays that leave tiles empty, at either end of the keys or between."""
+    allowed = BOOLEANS[kind](rng)
+    check_mask(check, tokens, masks.Dense, [allowed], allowed)
+    if kind == "run":
+        check_mask(check, tokens, masks.Dense, [allowed], allowed, query_offset=5, key_offset=3)
+        both = allowed & (distances(2) <= 0)
+        check_mask(check, tokens, lambda x: (x, masks.Causal()), [allowed], both, query_offset=2)
+
+
 @pytest.mark.feature("mask_mod and score_mod callables")
 def test_predicate(check, tokens):
     limits = np.asarray([9, 25])

@@ -189,12 +189,14 @@ def check_tiles(lib, count, rng, request):
     assert each > 0
     assert rest == 0
 
-    def check(first, last, **kwargs):
+    def check(first, last, all_masked=False, **kwargs):
         calls = count(*arrays, **sizes, **kwargs)
         seen, partly = visible(lengths, first, last)
+        masked = seen if all_masked else partly
         assert calls["weigh"] == each * seen, kwargs
-        assert calls["hide"] == partly or (lengths == RAGGED and calls["hide"] > partly), kwargs
+        assert calls["hide"] == masked or (lengths == RAGGED and calls["hide"] > partly), kwargs
 
+    check.lengths = lengths
     return check
 
 
@@ -209,6 +211,18 @@ def test_causal_tiles(lib, check_tiles):
 def test_causal_tiles_with_offsets_by_batch(lib, check_tiles):
     for first, last in ((-5, 16), (-1000, -900), (900, 1000)):
         check_tiles(first, last, causal=True, query_offset=lib.asarray(np.asarray([last, first])))
+
+
+@pytest.mark.feature("invisible tiles are skipped")
+def test_tiles_of_a_boolean_array(lib, check_tiles):
+    """What it leaves empty at either end of the keys; where it is traced, all others are masked."""
+    n_q, n_k = check_tiles.lengths
+    allowed = np.tri(n_q, n_k, 7, dtype=bool)
+    all_masked = lib.name.startswith("jax")
+    for shape in ((n_q, n_k), (2, 1, n_q, n_k), (2, n_q, n_k)):
+        mask = lib.asarray(np.broadcast_to(allowed, shape))
+        check_tiles(7, 7, all_masked, mask=mask)
+    check_tiles(-1000, -1000, all_masked, mask=lib.asarray(np.zeros((2, 1, 1, n_k), bool)))
 
 
 # JAX: traces and compilations.

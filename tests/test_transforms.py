@@ -41,6 +41,23 @@ def test_jax_vmap(rng, tokens):
     np.testing.assert_allclose(jax.jit(jax.vmap(masked))(*arrays), one_by_one, atol=1e-6)
 
 
+def test_jax_vmap_of_boolean_masks(tokens):
+    """Each example skips what no example sees, and loops with the bounds of all."""
+    import jax
+
+    allowed = jax.numpy.asarray([np.tri(N, N, i, dtype=bool) for i in (0, 5, -9)])
+
+    def one(q, k, v, mask):
+        return attention(q, k, v, mask=mask, query_chunk_size=4, key_chunk_size=4)
+
+    arrays = [jax.numpy.asarray(x) for x in tokens]
+    mapped = jax.vmap(one)(*arrays, allowed)
+    one_by_one = np.stack([one(*(x[i] for x in arrays), allowed[i]) for i in range(3)])
+    np.testing.assert_allclose(mapped, one_by_one, atol=1e-6)
+    shared = jax.vmap(one, (0, 0, 0, None))(*arrays, allowed[1])
+    np.testing.assert_allclose(shared[1], one_by_one[1], atol=1e-6)
+
+
 def test_jax_vmap_in_part(rng, tokens):
     """Only what is mapped is: shared keys, one mapped offset."""
     import jax
