@@ -37,8 +37,11 @@ def hide(xp: Any, x: Array, allowed: Array, fill: float) -> Array:
 def _overwrite(xp: Any, bits: Array, allowed: Array, filled: Array) -> None:
     """Overwrite integers with one of them where not `allowed`."""
     ones = xp.cast(allowed, bits.dtype)
-    ones -= 1  # all bits where the pair is hidden, none elsewhere
+    if not filled:
+        ones *= -1  # all bits where the pair is allowed, none elsewhere
+        bits &= ones
+        return
+    ones -= 1  # all bits where it is hidden
     bits |= ones
-    if filled:
-        ones &= ~filled
+    ones &= ~filled
     bits ^= ones
