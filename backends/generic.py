@@ -23,6 +23,7 @@ here written with the standard alone (2021.12 and later):
 ``seeks_bound``       whether to find out if scores are small, and need no maximum
 ``weigh``             the softmax of rows of scores, but for its division
 ``hide``              masking; may overwrite its argument
+``looks``             whether to look at masks, to spare what they hide
 ``some``, ``every``   which columns have a true value, or nothing else
 ``maximum``           the larger of two arrays, element by element (standard since 2023.12)
 ``index_dtype``       the dtype of positions
@@ -221,6 +222,10 @@ class Adapter:
     def hide(self, x: Array, allowed: Array, fill: float) -> Array:
         """Return `x` with `fill` where not `allowed`; `x` may be overwritten."""
         return self.where(allowed, x, self.new(x, (), fill, x.dtype))
+
+    def looks(self, like: Array) -> bool:
+        """Whether values on the device of `like` are at hand, so that Python may branch on them."""
+        return False
 
     def some(self, x: Array) -> Array:
         """Return which entries along the last of several axes are true anywhere in the others.

@@ -104,6 +104,10 @@ class Adapter(InPlace):
             return super().hide(x, allowed, fill)
         return _bits.hide(self, x, allowed, fill)
 
+    def looks(self, like: Array) -> bool:
+        """Return True: values are at hand."""
+        return True
+
     def weigh(self, s: Array, top: Array) -> tuple[Array, Array, Array]:
         """Overwrite the scores with the weights.
 

@@ -177,6 +177,10 @@ class Adapter(generic.Adapter):
         weights = s.mul_(LOG2_E).exp2_()
         return weights, weights.sum(-1, keepdim=True), top
 
+    def looks(self, like: Array) -> bool:
+        """Whether `like` is on a CPU; elsewhere Python would wait."""
+        return bool(like.is_cpu)
+
     def some(self, x: Array) -> Array:
         """Look at bytes: PyTorch's `any` takes many times as long as its maximum."""
         return x.view(torch.uint8).amax(tuple(range(x.ndim - 1))).view(torch.bool)

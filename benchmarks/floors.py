@@ -10,6 +10,10 @@ that computes both can take less.  "call" is a whole call of attention, 8 heads 
 all its scores.  Medians of rounds, in which each step comes once.  JAX compiles a call as a whole:
 its two products of every tile are timed in a program of their own, and a call also with queries so
 long that it looks for maxima.
+
+NumPy and PyTorch widen half precision tile by tile.  A call of 8 heads of 2,048 tokens is set
+beside one in float32; "conversions" are those of all its tiles and of its result alone, in
+milliseconds of all cores.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+import ml_dtypes  # noqa: F401  (gives NumPy bfloat16)
 import numpy as np
 import threadpoolctl
 from chunkattn.backends import _threads
@@ -148,6 +153,48 @@ class Compiled:
         return found
 
 
+class Halves:
+    """A call in half precision, one in float32, and the conversions of the first alone."""
+
+    def __init__(self, library, dtype, d, number):
+        module = import_module(library)
+        array = module.asarray(np.zeros(1, np.float32))
+        self.xp, self.number = adapter_of(array, "array"), number
+        self.exact, self.dtype = array.dtype, self.xp.floats[dtype]
+        rng = np.random.default_rng(0)
+        shape = (1, HEADS, LENGTH // 2, d)
+        draw = partial(rng.standard_normal, dtype=np.float32)
+        self.wide = [module.asarray(draw(shape)) for _ in range(3)]
+        self.half = [self.xp.cast(x, self.dtype) for x in self.wide]
+        self.plan = plan(*self.half, implementation="chunked")
+
+    def timed(self):
+        """Return seconds of each."""
+        found = {}
+        for _ in range(2):
+            for name, tokens in (("float32", self.wide), ("half", self.half)):
+                begin = perf_counter()
+                attention(*tokens, implementation="chunked")
+                found[name] = perf_counter() - begin
+            found["conversions"] = self.converted() / self.number
+        return found
+
+    def converted(self):
+        """Return seconds of the conversions, of one core."""
+        rows, cols = self.plan.query_chunk_size, self.plan.key_chunk_size
+        query, key, value = self.half
+        length, chunks = LENGTH // 2, -(-LENGTH // 2 // rows)
+        begin = perf_counter()
+        for head in range(HEADS):
+            for start in range(0, length, rows):
+                self.xp.cast(query[:, head, start : start + rows], self.exact)
+                self.xp.cast(self.wide[0][:, head, start : start + rows], self.dtype)
+            for start in range(0, length, cols):
+                for x in chunks * (key, value):
+                    self.xp.cast(x[:, head, start : start + cols], self.exact)
+        return perf_counter() - begin
+
+
 def cores():
     """Return how many threads NumPy's BLAS takes."""
     counts = [x["num_threads"] for x in threadpoolctl.threadpool_info() if x["user_api"] == "blas"]
@@ -172,6 +219,23 @@ def measured(library, d, number, count):
     return found | {"call": median(calls) * number}
 
 
+def halves(given):
+    """Yield the lines of calls in half precision."""
+    yield "\n## Half precision, milliseconds, d = 64\n"
+    yield "| library | dtype | float32 | half | half - float32 | conversions |"
+    yield "|:--|:--|--:|--:|--:|--:|"
+    for library in given.libraries.split(","):
+        if library == "jax":
+            continue
+        for dtype in ("float16", "bfloat16"):
+            one = Halves(library, dtype, 64, cores() if library == "numpy" else 1)
+            rounds = [one.timed() for _ in range(2 * given.rounds)]
+            wide, half, alone = (1e3 * median(x[name] for x in rounds) for name in rounds[0])
+            more = 1e3 * median(x["half"] - x["float32"] for x in rounds)
+            cells = (f"{x:.1f}" for x in (wide, half, more, alone))
+            yield f"| {library} | {dtype} | {' | '.join(cells)} |"
+
+
 def report(given):
     """Yield the lines of the report."""
     yield f"# Where the time goes\n\n{about('python benchmarks/floors.py', given)}\n"
@@ -185,6 +249,7 @@ def report(given):
             yield "| step | ns | by the product |\n|:--|--:|--:|"
             for name, seconds in found.items():
                 yield f"| {name} | {seconds * 1e9:.3f} | {seconds / found['product']:.2f} |"
+    yield from halves(given)
 
 
 def main():

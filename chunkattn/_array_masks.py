@@ -139,7 +139,8 @@ class Dense(Mask):
     Notes
     -----
     The keys that a chunk of queries sees are looked up in the array, so that tiles before the first
-    and behind the last of them are skipped.
+    and behind the last of them are skipped; with NumPy, and PyTorch on a CPU, empty tiles between
+    them, too.
 
     Examples
     --------

@@ -76,7 +76,8 @@ def over_keys(rows: Rows, step: Callable[[Tile, State], State], state: State) ->
     xp, spec = rows.xp, rows.problem.spec
 
     def at(masked: bool, size: int, first: int, state: State, number: Index) -> State:
-        return step(Tile(rows, first + number * size, size, masked), state)
+        tile = Tile(rows, first + number * size, size, masked)
+        return step(tile, state) if tile.is_seen() else state
 
     for size, first, count in xp.pieces(spec.n_k, spec.schedule.key_chunk):
         for start, stop, masked in _spans(rows, size, first, count):

@@ -29,6 +29,9 @@ class Mask:
     positional : bool
         Whether the mask speaks of positions alone; False where it indexes arrays of one call,
         which a stream does not have.  Default True.
+    has_gaps : bool
+        Whether tiles within `key_range` may be empty; where that is quickly looked up (NumPy, and
+        PyTorch on a CPU), those are skipped, too.  Default True.
 
     Examples
     --------
@@ -54,6 +57,7 @@ class Mask:
 
     aligned = False
     positional = True
+    has_gaps = True
 
     def key_range(self, rows: Rows) -> Range:
         """Return the range of key positions outside of which no query of `rows` sees a key.

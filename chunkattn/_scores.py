@@ -31,11 +31,8 @@ def shown(tile: Tile, s: Array) -> Array:
     problem, xp = tile.rows.problem, tile.xp
     if problem.bias is not None:
         s += xp.cast(tile.slice(problem.bias), s.dtype)
-    if tile.masked:
-        for mask in problem.masks:
-            allowed = mask.tile(tile)
-            if allowed is not None:
-                s = xp.hide(s, allowed, -float("inf"))
+    for allowed in tile.allowed():
+        s = xp.hide(s, allowed, -float("inf"))
     return s
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -187,11 +188,32 @@ class Tile:
     start: Index
     size: int
     masked: bool
+    _known: dict[int, Array | None] = field(init=False, compare=False, default_factory=dict)
 
     @property
     def xp(self) -> Any:
         """The library's adapter."""
         return self.rows.xp
+
+    def is_seen(self) -> bool:
+        """Whether each mask may allow some pair, as far as that is looked up."""
+        xp, rows = self.xp, self.rows
+        if not self.masked or not xp.looks(rows.query):
+            return True
+        for i, mask in enumerate(rows.problem.masks):
+            if mask.has_gaps:
+                allowed = self._known[i] = mask.tile(self)
+                if allowed is not None and not xp.any(xp.some(allowed)):
+                    return False
+        return True
+
+    def allowed(self) -> Iterator[Array]:
+        """Yield what each mask allows, where it forbids some pair; the tile does not keep it."""
+        if self.masked:
+            for i, mask in enumerate(self.rows.problem.masks):
+                found = self._known.pop(i) if i in self._known else mask.tile(self)
+                if found is not None:
+                    yield found
 
     @cached_property
     def q_idx(self) -> Array:

@@ -42,6 +42,7 @@ class Causal(Mask):
     """
 
     aligned = True
+    has_gaps = False
 
     def key_range(self, rows: Rows) -> Range:
         """Up to the position of the last query."""
@@ -89,6 +90,7 @@ class Window(Mask):
     right: int | None
 
     aligned = True
+    has_gaps = False
 
     @property
     def tile_axes(self) -> str:
@@ -241,6 +243,11 @@ class Predicate(Mask):
         FlexAttention's signature.  It is called once per tile, with integer arrays of the caller's
         library that broadcast against (…, h, queries, keys): the row-major number of the batch
         entry, the query head, and the positions of query and key.  It returns a boolean array.
+
+    Notes
+    -----
+    Each tile is evaluated; with NumPy, and PyTorch on a CPU, those without an allowed pair are
+    computed no further.
 
     Examples
     --------

@@ -109,8 +109,16 @@ class Case:
         if self.lib.name.startswith("jax"):
             import jax
 
-            out, vjp = jax.vjp(lambda *tokens: attention(*tokens, **keywords), *tokens)
-            return (out, *vjp(d_out))
+            floats = [x for x in extras if jax.numpy.issubdtype(x.dtype, np.floating)]
+
+            def function(tokens, floats):
+                if not floats:
+                    return attention(*tokens, **keywords)
+                self.replay = iter(floats)  # a case has no other extras beside these
+                return attention(*tokens, **(self.fixed | self.made(self)))
+
+            out, vjp = jax.vjp(function, tokens, floats)
+            return (out, *jax.tree.leaves(vjp(d_out)))
         out, vjp = attention_vjp(*tokens, **keywords)
         gradients = vjp(d_out)
         return (out, *gradients.values())

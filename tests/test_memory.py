@@ -225,6 +225,25 @@ def test_tiles_of_a_boolean_array(lib, check_tiles):
     check_tiles(-1000, -1000, all_masked, mask=lib.asarray(np.zeros((2, 1, 1, n_k), bool)))
 
 
+@pytest.mark.feature("invisible tiles are skipped")
+def test_tiles_of_a_function(lib, check_tiles):
+    """Where values are at hand: what it leaves empty is seen tile by tile."""
+    like = lib.asarray(np.zeros((1, 1)))
+    end = 7 if adapter_of(like, "x").looks(like) else 1000  # of what may be left out
+    check_tiles(end, end, all_masked=True, mask=lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + 7)
+
+
+@pytest.mark.feature("invisible tiles are skipped")
+def test_tiles_between_others(lib, count, rng):
+    """Likewise those that a boolean array leaves empty between others."""
+    x = lib.asarray(rng.standard_normal((EVEN[1], 8)))
+    allowed = np.ones((EVEN[1], EVEN[1]), bool)
+    allowed[:, COLS : 3 * COLS] = False
+    every = count(x, x, x, key_chunk_size=COLS)["weigh"]
+    calls = count(x, x, x, mask=lib.asarray(allowed), key_chunk_size=COLS)
+    assert calls["weigh"] == every // (2 if adapter_of(x, "x").looks(x) else 1)
+
+
 # JAX: traces and compilations.
 
 

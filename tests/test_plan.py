@@ -128,9 +128,13 @@ def on_jax():
 @MODES
 @pytest.mark.parametrize("case", grid("jax", {"causal", "within 1.5 MB", "8 heads"}))
 def test_prediction_on_jax(case, training, on_jax):
-    """By XLA's memory analysis, or malloc where that is more: its kernels take what it omits."""
+    """By XLA's memory analysis, or malloc where that is more: its kernels take what it omits.
+
+    What they pack of many heads' transposed weights differs from processor to processor.
+    """
     found, measured, planned = on_jax(case, training)
-    assert measured <= found.peak_bytes <= 1.25 * measured
+    transposes = any(term.name == "transposed for products" for term in found.terms)
+    assert measured <= found.peak_bytes <= (1.3 if transposes else 1.25) * measured
     if training or case != "within 1.5 MB":  # under jit a limit counts gradients
         told = {term.name: term.bytes for term in found.terms}
         ahead = told["scores"] + told["other temporaries"]
