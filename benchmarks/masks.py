@@ -39,6 +39,16 @@ def library(name):
     return np.asarray, lambda f: f, lambda x: x
 
 
+def causal(b, h, q_idx, kv_idx):
+    """Allow what `masks.Causal` does."""
+    return q_idx >= kv_idx
+
+
+def window(b, h, q_idx, kv_idx):
+    """Allow what ``masks.Window(256, 0)`` does."""
+    return (q_idx >= kv_idx) & (q_idx - kv_idx <= 256)
+
+
 def calls(name, n, heads=8, d=64):
     """Return the cases as functions without arguments."""
     asarray, compiled, wait = library(name)
@@ -50,6 +60,8 @@ def calls(name, n, heads=8, d=64):
         "causal": lambda q, k, v, ids: attention(q, k, v, causal=True),
         "window": lambda q, k, v, ids: attention(q, k, v, mask=masks.Window(256, 0)),
         "segments": lambda q, k, v, ids: attention(q, k, v, mask=masks.Segments(ids)),
+        "causal by a function": lambda q, k, v, ids: attention(q, k, v, mask=causal),
+        "window by a function": lambda q, k, v, ids: attention(q, k, v, mask=window),
     }
     functions = {case: compiled(function) for case, function in functions.items()}
     return {case: lambda f=f: wait(f(q, k, v, ids)) for case, f in functions.items()}
@@ -142,7 +154,7 @@ def report(arguments):
     for name in ("numpy", "torch", "jax"):
         times = in_turns(calls(name, arguments.n), arguments.rounds)
         for case, ratio, low, high in ratios(times, "full"):
-            yield f"| {name} | {case} | {ratio:.3f} | {low:.3f}–{high:.3f} | {BARS[case]} |"
+            yield f"| {name} | {case} | {ratio:.3f} | {low:.3f}–{high:.3f} | {BARS.get(case, '')} |"
     n = arguments.n // 2
     yield f"\n## Boolean arrays, time relative to PyTorch's SDPA with the same (n = {n:,})\n"
     yield "| array | library | ratio | range over rounds |\n|---|---|---|---|"
