@@ -43,6 +43,10 @@ def _traced(adapter: Adapter, operation: Any, spec: Any, *arrays: Any) -> Any:
     return jax_types.automatic(call, operation, spec)(*arrays)
 
 
+def _is_reusable(spec: Any) -> bool:
+    return all(getattr(function, "reusable", False) for function in spec.functions)
+
+
 def _is_static(x: Any) -> bool:
     return isinstance(x, bool | int | float)
 
@@ -180,6 +184,10 @@ class Adapter(generic.Adapter):
         product = jnp.matmul(lax.squeeze(a, ones), lax.squeeze(b, ones), precision=precision)
         return lax.expand_dims(product, ones)
 
+    def looks(self, like: Array) -> bool:
+        """Whether XLA computes on a CPU; on a GPU the host would wait to branch."""
+        return self._platform(like) == "cpu"
+
     def some(self, x: Array) -> Array:
         """Look at the batch of a `vmap` at once; a constant is not worked out while compiling.
 
@@ -204,7 +212,9 @@ class Adapter(generic.Adapter):
         return max(a, b) if _static(a, b) else jnp.maximum(a, b)
 
     def when(self, test: Array, then: Callable[[], Array], other: Callable[[], Array]) -> Array:
-        """Branch on a traced test."""
+        """Branch on a test that may be traced."""
+        if isinstance(test, bool):
+            return then() if test else other()
         return lax.cond(_anywhere(lax.stop_gradient(test)), then, other)
 
     def query_pieces(self, n: int, size: int) -> list[tuple[int, int, int]]:
@@ -255,7 +265,7 @@ class Adapter(generic.Adapter):
 
     def compiled_bytes(self, function: Any, operation: Any, spec: Any, *arrays: Any) -> int | None:
         """Ask XLA, which plans all memory as it compiles."""
-        own = spec.calls_back or operation.done is not None
+        own = operation.done is not None or not _is_reusable(spec)
         planned = (
             _planned.__wrapped__ if own else _planned
         )  # as `differentiable` keeps compilations
@@ -283,8 +293,7 @@ class Adapter(generic.Adapter):
     ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
         """Find the captured arrays by a trace for each size of a tile."""
         shapes = [jax.eval_shape(functools.partial(example, *size)) for size in sizes]
-        lifted = jax_lifted.Lifted(function, shapes)
-        return lifted, lifted.captured
+        return jax_lifted.lift(function, shapes)
 
     def pushforward(
         self, function: Any, primals: tuple[Array, ...], tangents: tuple[Array, ...]
@@ -320,11 +329,11 @@ class Adapter(generic.Adapter):
     ) -> dict[str, Array]:
         """Call the operation compiled, where arrays are traced as a primitive with its rules.
 
-        The compilation is kept for equal shapes and keywords, but not where functions of the
-        caller take part: they may have changed by the next call, or hold arrays that should not
-        outlive it.
+        The compilation is kept for equal shapes and keywords.  Functions of the caller are equal
+        where their traces are, and pass what they capture; where that cannot be told, nothing is
+        kept, as they may have changed by the next call, or hold arrays that should not outlive it.
         """
-        own = spec.calls_back or operation.done is not None
+        own = operation.done is not None or not _is_reusable(spec)
         function = _traced if self.traced((data, inputs)) else _call
         compiled = (_operations.__wrapped__ if own else _operations)(function, self)
         found: dict[str, Array] = compiled(operation, spec, data, inputs)

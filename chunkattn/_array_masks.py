@@ -179,6 +179,10 @@ class Dense(Mask):
         start, stop, one = _run(xp, xp.every(part))
         return _positions(rows, start, xp.where(one, stop, start))
 
+    def has_gaps(self, rows: Rows) -> bool:
+        """Return whether the array is not traced: a loop that branches would take longer."""
+        return not rows.xp.traced(self.allowed)
+
     def _part(self, rows: Rows) -> Array | None:
         """Return what these queries see; None where there is one tile, or that tells no keys."""
         spec = rows.problem.spec

@@ -172,7 +172,8 @@ def attention(
     PyTorch's compiler, and its export, take a call as one operator, unless functions take part.
 
     JAX compiles a call once for its shapes and keywords; offsets and scale are data and may change
-    freely or be traced.
+    freely or be traced.  Functions may be written anew for each call, as long as they compute the
+    same; the arrays that they capture are data, too.
 
     References
     ----------

@@ -77,7 +77,7 @@ def over_keys(rows: Rows, step: Callable[[Tile, State], State], state: State) ->
 
     def at(masked: bool, size: int, first: int, state: State, number: Index) -> State:
         tile = Tile(rows, first + number * size, size, masked)
-        return step(tile, state) if tile.is_seen() else state
+        return xp.when(tile.is_seen(), partial(step, tile, state), lambda: state)
 
     for size, first, count in xp.pieces(spec.n_k, spec.schedule.key_chunk):
         for start, stop, masked in _spans(rows, size, first, count):

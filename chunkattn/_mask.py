@@ -29,9 +29,6 @@ class Mask:
     positional : bool
         Whether the mask speaks of positions alone; False where it indexes arrays of one call,
         which a stream does not have.  Default True.
-    has_gaps : bool
-        Whether tiles within `key_range` may be empty; where that is quickly looked up (NumPy, and
-        PyTorch on a CPU), those are skipped, too.  Default True.
 
     Examples
     --------
@@ -57,7 +54,6 @@ class Mask:
 
     aligned = False
     positional = True
-    has_gaps = True
 
     def key_range(self, rows: Rows) -> Range:
         """Return the range of key positions outside of which no query of `rows` sees a key.
@@ -80,6 +76,14 @@ class Mask:
         Tiles in this range are not masked at all.
         """
         return None
+
+    def has_gaps(self, rows: Rows) -> bool:
+        """Return whether tiles within `key_range` may be empty (the default).
+
+        These are skipped, too, where it can be found out in time: on a CPU, with NumPy, PyTorch and
+        JAX.
+        """
+        return True
 
     def tile(self, tile: Tile) -> Array | None:
         """Return which pairs of `tile` may attend.

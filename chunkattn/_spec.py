@@ -72,9 +72,15 @@ class Spec(Shapes):
         return self._hash  # asked for by every call
 
     @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """The functions of the caller that run inside, as the library lifts them."""
+        mods = () if self.score_mod is None else (self.score_mod.function,)
+        return (*mods, *(m.mask_mod for m in self.masks if isinstance(m, Predicate)))
+
+    @property
     def calls_back(self) -> bool:
-        """Whether functions of the caller run inside, which may hold anything."""
-        return self.score_mod is not None or any(isinstance(m, Predicate) for m in self.masks)
+        """Whether there are any, which may hold anything."""
+        return bool(self.functions)
 
     @property
     def backward(self) -> Spec:

@@ -195,17 +195,16 @@ class Tile:
         """The library's adapter."""
         return self.rows.xp
 
-    def is_seen(self) -> bool:
-        """Whether each mask may allow some pair, as far as that is looked up."""
-        xp, rows = self.xp, self.rows
-        if not self.masked or not xp.looks(rows.query):
-            return True
-        for i, mask in enumerate(rows.problem.masks):
-            if mask.has_gaps:
-                allowed = self._known[i] = mask.tile(self)
-                if allowed is not None and not xp.any(xp.some(allowed)):
-                    return False
-        return True
+    def is_seen(self) -> Array | bool:
+        """Whether each mask allows some pair, as far as that is looked up, for `when`."""
+        xp, rows, seen = self.xp, self.rows, True
+        if self.masked and xp.looks(rows.query):
+            for i, mask in enumerate(rows.problem.masks):
+                if mask.has_gaps(rows):
+                    allowed = self._known[i] = mask.tile(self)
+                    if allowed is not None:
+                        seen = seen & xp.any(xp.some(allowed))
+        return seen
 
     def allowed(self) -> Iterator[Array]:
         """Yield what each mask allows, where it forbids some pair; the tile does not keep it."""

@@ -42,7 +42,6 @@ class Causal(Mask):
     """
 
     aligned = True
-    has_gaps = False
 
     def key_range(self, rows: Rows) -> Range:
         """Up to the position of the last query."""
@@ -51,6 +50,10 @@ class Causal(Mask):
     def full_range(self, rows: Rows) -> Range:
         """Up to the position of the first query."""
         return None, rows.first + 1
+
+    def has_gaps(self, rows: Rows) -> bool:
+        """Return False: a run of keys has none."""
+        return False
 
     def tile(self, tile: Tile) -> Array:
         """Compare positions."""
@@ -90,7 +93,6 @@ class Window(Mask):
     right: int | None
 
     aligned = True
-    has_gaps = False
 
     @property
     def tile_axes(self) -> str:
@@ -137,6 +139,10 @@ class Window(Mask):
             None if self.left is None else rows.last - self.left,
             None if self.right is None else rows.first + self.right + 1,
         )
+
+    def has_gaps(self, rows: Rows) -> bool:
+        """Return False: a run of keys has none."""
+        return False
 
     def tile(self, tile: Tile) -> Array | None:
         """Compare key positions with those of the window's ends."""
@@ -246,7 +252,7 @@ class Predicate(Mask):
 
     Notes
     -----
-    Each tile is evaluated; with NumPy, and PyTorch on a CPU, those without an allowed pair are
+    Each tile is evaluated; on a CPU, with NumPy, PyTorch and JAX, those without an allowed pair are
     computed no further.
 
     Examples
