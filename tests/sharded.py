@@ -167,6 +167,16 @@ def refusal():
     return "nothing"
 
 
+def elsewhere():
+    """Return the error where a function captures what is on other devices than the tokens."""
+    here, there = jax.devices()[:2]
+    slopes = jax.device_put(jnp.asarray([0.1, 0.2, 0.3, 0.4]), there)
+    own = (jax.device_put(x, here) for x in (QUERY, KEY, VALUE))
+    found = call(*own, score_mod=lambda score, b, h, q_idx, kv_idx: score + slopes[h] * kv_idx)
+    bias = np.asarray(slopes)[:, None, None] * np.arange(KEY.shape[-2])
+    return float(jnp.abs(found - call(QUERY, KEY, VALUE, bias=jnp.asarray(bias))).max())
+
+
 def main():
     for name in CASES:
         try:
@@ -174,7 +184,7 @@ def main():
         except Exception:
             found = {"failed": traceback.format_exc()}
         print(json.dumps({name: found}), flush=True)
-    print(json.dumps({"refused": refusal()}))
+    print(json.dumps({"refused": refusal(), "elsewhere": elsewhere()}))
 
 
 if __name__ == "__main__":

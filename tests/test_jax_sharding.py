@@ -28,7 +28,7 @@ def found():
     found = {}
     for line in done.stdout.splitlines():
         found |= json.loads(line)
-    assert list(found) == [*CASES, "refused"]
+    assert list(found) == [*CASES, "refused", "elsewhere"]
     return found
 
 
@@ -46,3 +46,7 @@ def test_sharded_over_batch_and_heads(found, name):
 
 def test_captured_on_explicit_axes(found):
     assert "attention inside jax.shard_map or jax.sharding.auto_axes" in found["refused"]
+
+
+def test_captured_on_another_device(found):
+    assert found["elsewhere"] < 1e-12
