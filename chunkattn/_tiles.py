@@ -188,6 +188,7 @@ class Tile:
     start: Index
     size: int
     masked: bool
+    # What `is_seen` has looked at, by the mask's number, until `allowed` takes it.
     _known: dict[int, Array | None] = field(init=False, compare=False, default_factory=dict)
 
     @property
