@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -94,9 +94,19 @@ def _tells_all(closed: ClosedJaxpr) -> bool:
     """
     returned = closed.jaxpr.outvars
     one = len(returned) == 1 and not isinstance(returned[0], Literal)
-    return (
-        one and " at 0x" not in str(closed.jaxpr) and not any(map(_is_array, _parts(closed.jaxpr)))
-    )
+    return one and " at 0x" not in str(closed.jaxpr) and not _holds_arrays(closed.jaxpr)
+
+
+def _holds_arrays(jaxpr: Jaxpr) -> bool:
+    """Whether there are arrays in a program's steps, or in those of its inner programs."""
+    for step in jaxpr.eqns:
+        for x in jax.tree.leaves(list(step.params.values())):
+            inner = getattr(x, "jaxpr", x)
+            if getattr(x, "ndim", 0) or getattr(x, "consts", ()):
+                return True
+            if isinstance(inner, Jaxpr) and _holds_arrays(inner):
+                return True
+    return False
 
 
 def _is_bound(x: Any) -> bool:
@@ -104,22 +114,6 @@ def _is_bound(x: Any) -> bool:
     if isinstance(x, jax.core.Tracer) or jax.device_count() == 1:
         return False
     return bool(getattr(x, "committed", False))
-
-
-def _is_array(x: Any) -> bool:
-    return getattr(x, "ndim", 0) > 0
-
-
-def _parts(jaxpr: Any) -> Iterator[Any]:
-    """Yield the parameters of a program's steps, and the constants and parameters of inner ones."""
-    for step in jaxpr.eqns:
-        for x in jax.tree.leaves(list(step.params.values())):
-            yield x
-            if isinstance(x, ClosedJaxpr):
-                yield from x.consts
-                yield from _parts(x.jaxpr)
-            elif isinstance(x, Jaxpr):
-                yield from _parts(x)
 
 
 def _varying(jaxpr: Any, consts: list[Array], args: list[Array]) -> list[Array]:

@@ -381,6 +381,24 @@ def test_functions_alike_that_are_not(jax, rng):
         np.testing.assert_allclose(out, attention(q, k, v, bias=bias), atol=1e-5)
 
 
+def test_functions_alike_with_keys(jax, rng):
+    """A key of random numbers is data, and within a compiled function it is not told, either."""
+    lib = libraries.library("jax")
+    q, k, v = (lib.asarray(rng.standard_normal((3, n, 8))) for n in (19, 29, 29))
+
+    def noise(key, n):
+        return jax.random.normal(jax.random.fold_in(key, n), ())
+
+    def call(f):
+        return attention(q, k, v, score_mod=lambda s, b, h, i, j: s * f(0))
+
+    for number in (1, 2):
+        key = jax.random.key(number)
+        expected = attention(q, k, v, scale=float(noise(key, 0)) * 8**-0.5)
+        for f in (partial(noise, key), jax.jit(partial(noise, key))):
+            np.testing.assert_allclose(call(f), expected, atol=1e-5)
+
+
 def test_captured_arrays_do_not_outlive_a_call(jax, rng):
     lib = libraries.library("jax")
     q, k, v = (lib.asarray(rng.standard_normal((3, n, 8))) for n in (19, 29, 29))
