@@ -224,7 +224,7 @@ class Adapter:
         return self.where(allowed, x, self.new(x, (), fill, x.dtype))
 
     def looks(self, like: Array) -> bool:
-        """Whether values on the device of `like` are at hand, so that Python may branch on them."""
+        """Whether it pays to look at values on the device of `like`, and to branch by `when`."""
         return False
 
     def some(self, x: Array) -> Array:

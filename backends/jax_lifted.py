@@ -90,21 +90,24 @@ class Lifted:
 def _tells_all(closed: ClosedJaxpr) -> bool:
     """Whether a trace of equal text does the same, and returns one array.
 
-    Not where functions are in it, whose text is an address, or arrays in its steps.
+    Not where functions are in it, whose text is an address, or in its steps arrays, or shardings,
+    whose text leaves out the devices.
     """
     returned = closed.jaxpr.outvars
     one = len(returned) == 1 and not isinstance(returned[0], Literal)
-    return one and " at 0x" not in str(closed.jaxpr) and not _holds_arrays(closed.jaxpr)
+    return one and " at 0x" not in str(closed.jaxpr) and not _holds_more(closed.jaxpr)
 
 
-def _holds_arrays(jaxpr: Jaxpr) -> bool:
-    """Whether there are arrays in a program's steps, or in those of its inner programs."""
+def _holds_more(jaxpr: Jaxpr) -> bool:
+    """Whether arrays or shardings are in a program's steps, or in those of its inner programs."""
     for step in jaxpr.eqns:
         for x in jax.tree.leaves(list(step.params.values())):
             inner = getattr(x, "jaxpr", x)
             if getattr(x, "ndim", 0) or getattr(x, "consts", ()):
                 return True
-            if isinstance(inner, Jaxpr) and _holds_arrays(inner):
+            if isinstance(x, jax.sharding.Sharding):
+                return True
+            if isinstance(inner, Jaxpr) and _holds_more(inner):
                 return True
     return False
 

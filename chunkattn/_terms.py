@@ -291,7 +291,7 @@ class Counted:
                 self.term("buffers of positions", "threads", held, number=8),
             ]
             copied = own.inverses
-            if own.bits and pairs:
+            if own.bits and pairs:  # of wide integers, up to a byte for each score
                 copied *= min(self.number, self.term("", *SCORES[1:], number=1).bytes // pairs)
             told = min(made, 1) + copied
             yield [self.term(name, told, "threads", *sizes, number=1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from functools import partial
+from importlib import import_module
 
 import libraries
 import numpy as np
@@ -227,11 +228,16 @@ def test_tiles_of_a_boolean_array(lib, check_tiles):
     check_tiles(-1000, -1000, all_masked, mask=lib.asarray(np.zeros((2, 1, 1, n_k), bool)))
 
 
+def looks(lib):
+    """Whether masks without a range are looked at tile by tile: on CPUs, by these libraries."""
+    known = lib.name.startswith(("numpy", "torch", "jax"))
+    return known and not lib.name.endswith("cuda")
+
+
 @pytest.mark.feature("invisible tiles are skipped")
 def test_tiles_of_a_function(lib, check_tiles):
     """Where values are at hand: what it leaves empty is seen tile by tile."""
-    like = lib.asarray(np.zeros((1, 1)))
-    end = 7 if adapter_of(like, "x").looks(like) else 1000  # of what may be left out
+    end = 7 if looks(lib) else 1000  # of what may be left out
     check_tiles(end, end, all_masked=True, mask=lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + 7)
 
 
@@ -243,7 +249,7 @@ def test_tiles_between_others(lib, count, rng):
     allowed[:, COLS : 3 * COLS] = False
     every = count(x, x, x, key_chunk_size=COLS)["weigh"]
     calls = count(x, x, x, mask=lib.asarray(allowed), key_chunk_size=COLS)
-    looked_at = adapter_of(x, "x").looks(x) and not lib.name.startswith("jax")
+    looked_at = looks(lib) and not lib.name.startswith("jax")
     assert calls["weigh"] == every // (2 if looked_at else 1)
 
 
@@ -397,6 +403,19 @@ def test_functions_alike_with_keys(jax, rng):
         expected = attention(q, k, v, scale=float(noise(key, 0)) * 8**-0.5)
         for f in (partial(noise, key), jax.jit(partial(noise, key))):
             np.testing.assert_allclose(call(f), expected, atol=1e-5)
+
+
+def test_functions_with_shardings_are_not_alike(jax):
+    """Their text names a mesh's axes, and not its devices."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    lift = import_module("chunkattn.backends.jax_lifted").lift
+    place = NamedSharding(jax.make_mesh((1,), ("b",)), PartitionSpec())
+    example = [(jax.ShapeDtypeStruct((2, 3), np.float32),)]
+    assert lift(lambda s: 2 * s, example)[0] == lift(lambda s: 2 * s, example)[0]
+    placed = [lift(lambda s: jax.lax.with_sharding_constraint(s, place), example) for _ in "ab"]
+    assert placed[0][0] != placed[1][0]
+    assert not placed[0][0].reusable
 
 
 def test_captured_arrays_do_not_outlive_a_call(jax, rng):
