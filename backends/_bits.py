@@ -34,6 +34,15 @@ def hide(xp: Any, x: Array, allowed: Array, fill: float) -> Array:
     return x
 
 
+def barrier(xp: Any, allowed: Array, dtype: Any) -> Array:
+    """Return 0 where `allowed`, whose number has no bits, and -inf elsewhere."""
+    none = xp.new(allowed, (), -float("inf"), dtype)
+    bits = xp.cast(allowed, getattr(xp, f"int{8 * none.itemsize}"))
+    bits -= 1  # all bits where it is hidden
+    bits &= none.view(bits.dtype)
+    return bits.view(dtype)
+
+
 def _overwrite(xp: Any, bits: Array, allowed: Array, filled: Array) -> None:
     """Overwrite integers with one of them where not `allowed`."""
     ones = xp.cast(allowed, bits.dtype)

@@ -23,6 +23,7 @@ here written with the standard alone (2021.12 and later):
 ``seeks_bound``       whether to find out if scores are small, and need no maximum
 ``weigh``             the softmax of rows of scores, but for its division
 ``hide``              masking; may overwrite its argument
+``barrier``           a mask as what is added to scores
 ``looks``             whether to look at masks, to spare what they hide
 ``some``, ``every``   which columns have a true value, or nothing else
 ``maximum``           the larger of two arrays, element by element (standard since 2023.12)
@@ -223,6 +224,11 @@ class Adapter:
         """Return `x` with `fill` where not `allowed`; `x` may be overwritten."""
         return self.where(allowed, x, self.new(x, (), fill, x.dtype))
 
+    def barrier(self, allowed: Array, dtype: Any) -> Array:
+        """Return 0 where `allowed` and -inf elsewhere, in `dtype`."""
+        zero, none = (self.new(allowed, (), x, dtype) for x in (0.0, -float("inf")))
+        return self.where(allowed, zero, none)
+
     def looks(self, like: Array) -> bool:
         """Whether it pays to look at values on the device of `like`, and to branch by `when`."""
         return False
@@ -383,11 +389,13 @@ class Adapter:
         """Return why no fused kernel takes any arrays where these are; None where one may."""
         return f"{self.name} has no attention of its own"
 
-    def kernel(self, call: Any) -> tuple[Any, bool, str]:
+    def kernel(self, call: Any, adds: bool) -> tuple[Any, bool, str]:
         """Return the kernel for a call or None, whether it is better than tiles, and why.
 
         `call` has arrays `query`, `key`, `value` of shape (b, h, n, d), perhaps with fewer heads of
-        key and value, the boolean `causal`, and the float `scale`.  A kernel is hashable and has
+        key and value, the boolean `causal`, and the float `scale`.  With `adds` the kernel will be
+        called for parts of it, in the compute dtype, that have an array `added` to the scores,
+        of shape (b, h, n_q, n_k) or 1 in their place.  A kernel is hashable and has
 
         ``forward(call, want_lse)``
             returns ``(out, lse)``, lse of shape (b, h, n_q) or None

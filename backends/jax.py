@@ -320,8 +320,10 @@ class Adapter(generic.Adapter):
             return "JAX's kernel does not take arrays on a mesh with explicit axes"
         return None
 
-    def kernel(self, call: Any) -> tuple[Any, bool, str]:
+    def kernel(self, call: Any, adds: bool) -> tuple[Any, bool, str]:
         """Return cuDNN's kernel where that is there."""
+        if adds:
+            return None, False, "JAX's kernel is given no bias, and no mask other than Causal"
         return jax_native.choose(call)
 
     def differentiable(

@@ -197,6 +197,12 @@ class Adapter(generic.Adapter):
             return x
         return _bits.hide(self, x, allowed, fill)
 
+    def barrier(self, allowed: Array, dtype: Any) -> Array:
+        """Return the barrier, on a CPU by the bits of numbers, whose zero has none."""
+        if not allowed.is_cpu:
+            return super().barrier(allowed, dtype)
+        return _bits.barrier(self, allowed, dtype)
+
     def maximum(self, a: Array, b: Array) -> Array:
         """Return the larger of `a` and `b`, NaN where either is NaN."""
         return torch.maximum(a, b)
@@ -284,9 +290,9 @@ class Adapter(generic.Adapter):
         """Return None: a kernel may take them, wherever they are."""
         return None
 
-    def kernel(self, call: Any) -> tuple[Any, bool, str]:
+    def kernel(self, call: Any, adds: bool) -> tuple[Any, bool, str]:
         """Return the kernel that PyTorch's own attention would take."""
-        return torch_native.choose(call)
+        return torch_native.choose(call, adds)
 
     def differentiable(
         self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]

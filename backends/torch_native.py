@@ -30,7 +30,7 @@ COPIES = 2**24  # bytes of copies in float32 at a time
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel by name, on a call's ``(query, key, value, causal, scale)``."""
+    """A kernel by name, on a call's ``(query, key, value, causal, scale, added)``."""
 
     name: str
     attend: Callable[[Any, bool], tuple[Array, Array]]  # out, and lse where that is wanted
@@ -146,9 +146,12 @@ def _widened(call: Any, rows: Place, keys: Place) -> Any:
     return type(call)(*tokens, *call[3:])
 
 
-def choose(call: Any) -> tuple[Kernel | InFloat32 | None, bool, str]:
-    """Return the kernel that PyTorch would take or None, whether it beats tiles, and why."""
-    query, key, value, causal, scale = call
+def choose(call: Any, adds: bool) -> tuple[Kernel | InFloat32 | None, bool, str]:
+    """Return the kernel that PyTorch would take or None, whether it beats tiles, and why.
+
+    `adds` says whether an array will be added to the scores, which is done in the compute dtype.
+    """
+    query, key, value, causal, scale, _ = call
     if _wrapped(query) or _wrapped(key) or _wrapped(value):
         query, key, value = map(_bare, (query, key, value))
         if _wrapped(query) or _wrapped(key) or _wrapped(value):
@@ -156,6 +159,8 @@ def choose(call: Any) -> tuple[Kernel | InFloat32 | None, bool, str]:
     device, d = query.device.type, query.shape[-1]
     if value.shape[-1] != d:
         return None, False, "the kernels want values as wide as the keys"
+    if adds and device != "cpu" and not is_shape(query):
+        return None, False, "on CPUs alone PyTorch is given a bias, and a mask other than Causal"
     if device == "cuda" and d % 8:
         return None, False, "the kernels want a width that is a multiple of 8"
     if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
@@ -171,7 +176,7 @@ def choose(call: Any) -> tuple[Kernel | InFloat32 | None, bool, str]:
     found = _KERNELS.get((device, number))
     if found is None:
         return None, False, "PyTorch has only its textbook attention for it"
-    if device == "cpu" and query.dtype not in (torch.float32, torch.float64):
+    if device == "cpu" and query.dtype not in (torch.float32, torch.float64) and not adds:
         of_head, _ = _copies(query.shape, key.shape, training=False)
         if of_head > COPIES:
             return _IN_FLOAT32, False, "a head's copies in float32 would be large"
@@ -191,15 +196,16 @@ def _bare(x: Array) -> Array:
 
 def _cpu(call: Any, want_lse: bool) -> tuple[Array, Array]:
     found: tuple[Array, Array] = torch._scaled_dot_product_flash_attention_for_cpu(
-        call.query, call.key, call.value, 0.0, call.causal, scale=call.scale
+        call.query, call.key, call.value, 0.0, call.causal, attn_mask=call.added, scale=call.scale
     )
     return found
 
 
 def _cpu_backward(call: Any, out: Array, lse: Array, d_out: Array) -> tuple[Array, Array, Array]:
     found: tuple[Array, Array, Array] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        d_out, call.query, call.key, call.value, out, lse, 0.0, call.causal, scale=call.scale
-    )
+        d_out, call.query, call.key, call.value, out, lse, 0.0, call.causal,
+        attn_mask=call.added, scale=call.scale,
+    )  # fmt: skip
     return found
 
 

@@ -9,7 +9,7 @@ from ._mask import Mask, Range
 
 if TYPE_CHECKING:
     from ._shapes import Shapes
-    from ._tiles import Rows, Tile
+    from ._tiles import Rows, Span, Tile
 
 Array = Any
 
@@ -27,7 +27,7 @@ def _run(xp: Any, hit: Array) -> tuple[Array, Array, Array]:
     return start, stop, count == stop - start
 
 
-def _positions(rows: Rows, start: Array, stop: Array) -> Range:
+def _positions(rows: Span, start: Array, stop: Array) -> Range:
     """Return the positions of two key indices."""
     offset = rows.key_offset
     return rows.xp.as_index(start) + offset, rows.xp.as_index(stop) + offset
@@ -79,7 +79,7 @@ class Segments(Mask):
     def _keys(self) -> Array:
         return self.query if self.key is None else self.key
 
-    def key_range(self, rows: Rows) -> Range:
+    def key_range(self, rows: Span) -> Range:
         """From the first key to the last one whose id lies among the queries'."""
         xp = rows.xp
         start, stop, _ = self._runs(rows)
@@ -95,7 +95,7 @@ class Segments(Mask):
         """Return False: there are none where ids are sorted, and few where they are not."""
         return False
 
-    def _runs(self, rows: Rows) -> tuple[Array, Array, Array]:
+    def _runs(self, rows: Span) -> tuple[Array, Array, Array]:
         """Return by batch entry the key indices from first to last hit, and whether all in it hit.
 
         A key is hit where its id lies between the smallest and the largest of the queries'.
@@ -164,7 +164,7 @@ class Dense(Mask):
         """Refuse an array that is not boolean or does not broadcast to the scores."""
         shapes.check_mask(xp, "mask", self.allowed)
 
-    def key_range(self, rows: Rows) -> Range:
+    def key_range(self, rows: Span) -> Range:
         """From the first key that some query sees to the last one."""
         part = self._part(rows)
         if part is None:
@@ -187,7 +187,7 @@ class Dense(Mask):
         """Return whether the array is not traced: a loop that branches would take longer."""
         return not rows.xp.traced(self.allowed)
 
-    def _part(self, rows: Rows) -> Array | None:
+    def _part(self, rows: Span) -> Array | None:
         """Return what these queries see; None where there is one tile, or that tells no keys."""
         spec = rows.problem.spec
         if self.tile_axes[-1:] != "k" or spec.n_k <= spec.schedule.key_chunk:

@@ -121,9 +121,10 @@ def attention(
     implementation : {"auto", "chunked", "native", "standard"}, default "auto"
         "chunked": the tiles of this library; "standard": textbook attention, with all scores at
         once, as a reference; "native": a fused kernel of the array's own library (PyTorch's on CPU
-        and CUDA, cuDNN by JAX), for calls with no more than a causal mask; "auto": native on GPUs,
-        and where it is faster and as exact, unless chunk sizes are given; else chunked.  The logger
-        ``chunkattn`` tells at level DEBUG what a call took, and why.
+        and CUDA, cuDNN by JAX), for calls with no more than a causal mask, on a CPU also with
+        masks of `chunkattn.masks` and a bias; "auto": native on GPUs, and where it is faster and as
+        exact, unless chunk sizes are given; else chunked.  The logger ``chunkattn`` tells at level
+        DEBUG what a call took, and why.
     return_lse : bool, default False
         Whether to return ``(out, lse)``.
     progress : bool or callable(done, total), optional

@@ -80,7 +80,7 @@ def _call(given: Given) -> tuple[Any, Any]:
     mask = _masks(*(given.pop(name) for name in ("masks", "mask_widths", "mask_tensors")))
     given |= {"mask": mask or None, "score_mod": None}
     limit, tokens = given.pop("memory_limit"), tuple(given.pop(name) for name in TOKENS)
-    choose = partial(operation, return_lse=return_lse)
+    choose = partial(operation, return_lse=return_lse, learns=trains)
     request, algorithm, _ = prepared(tokens, given, choose, limit, training=trains)
     return request, algorithm.with_residuals(request.spec) if trains else algorithm
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ._mask import Range
 from ._problem import Problem
-from ._tiles import Rows, Tile
+from ._tiles import Rows, Span, Tile
 
 State = Any
 Index = Any  # an int, or a traced integer
@@ -111,6 +111,15 @@ def _spans(rows: Rows, size: int, first: int, count: int) -> list[tuple[Index, I
     whole = start if low is None else chunk(low, size - 1, start, stop)
     ragged = stop if high is None else chunk(high, 0, whole, stop)
     return [(start, whole, True), (whole, ragged, False), (ragged, stop, True)]
+
+
+def seen(rows: Span) -> tuple[Index, Index]:
+    """Return the first key that some query of `rows` may see, and the one after the last."""
+    xp, n_k = rows.xp, rows.n_k
+    low, high = _common(xp, [mask.key_range(rows) for mask in rows.problem.masks])
+    start = 0 if low is None else xp.smaller(xp.larger(low - rows.key_offset, 0), n_k)
+    stop = n_k if high is None else xp.smaller(xp.larger(high - rows.key_offset, start), n_k)
+    return start, stop
 
 
 def _common(xp: Any, ranges: list[Range]) -> Range:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._shapes import Shapes
-    from ._tiles import Rows, Tile
+    from ._tiles import Rows, Span, Tile
 
 Array = Any
 Range = tuple[Any, Any]  # (first, one past the last) key position; None where unbounded
@@ -55,7 +55,7 @@ class Mask:
     aligned = False
     positional = True
 
-    def key_range(self, rows: Rows) -> Range:
+    def key_range(self, rows: Span) -> Range:
         """Return the range of key positions outside of which no query of `rows` sees a key.
 
         Parameters

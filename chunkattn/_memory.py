@@ -11,9 +11,11 @@ from typing import Any
 
 from ._calculus import RESULTS
 from ._native import Native
+from ._parts import ROWS, Parts
+from ._problem import with_arrays
 from ._request import Request, make_request
 from ._spec import SMALLEST
-from ._terms import Counted, Term, total
+from ._terms import Counted, Term, fullest, total
 
 Array = Any
 
@@ -138,12 +140,9 @@ def _compiled(request: Request, algorithm: Any, training: bool) -> int | None:
 
 def _counted(request: Request) -> Counted:
     xp, spec, data = request.xp, request.spec, request.data
-    masks = tuple(
-        replace(mask, **held) for mask, held in zip(spec.masks, data["masks"], strict=True)
-    )
     return Counted(
         spec=spec,
-        masks=masks,
+        masks=with_arrays(spec.masks, data),
         d=request.inputs["query"].shape[-1],
         has_bias="bias" in request.inputs,
         by_batch=bool(getattr(data["query_offset"], "shape", ())),
@@ -156,6 +155,8 @@ def _counted(request: Request) -> Counted:
 
 def _of_kernel(request: Request, algorithm: Native, counted: Counted, training: bool) -> list[Term]:
     """Return what a kernel of the library's own holds."""
+    if algorithm.parts is not None:
+        return _of_parts(algorithm.parts, algorithm, counted, training)
     spec, kernel = request.spec, algorithm.kernel
     lse = 2 if training else int(not algorithm.return_lse)
     heads, n_q = spec.heads, spec.n_q
@@ -163,7 +164,7 @@ def _of_kernel(request: Request, algorithm: Native, counted: Counted, training: 
         heads, n_q = spec.key_heads, spec.group * spec.n_q
     batch = prod(spec.batch)
     shapes = (batch, heads, n_q, spec.d_v), (batch, spec.key_heads, spec.n_k, counted.d)
-    exact = int(training and kernel.exact)
+    exact = int(training and algorithm.exact)
     found = [
         *starmap(Term, kernel.scratch(*shapes, counted.number, training)),
         counted.term("lse", lse, "all_heads", "n_q"),
@@ -172,9 +173,53 @@ def _of_kernel(request: Request, algorithm: Native, counted: Counted, training: 
     return [term for term in found if term.bytes]
 
 
+def _of_parts(parts: Parts, algorithm: Native, counted: Counted, training: bool) -> list[Term]:
+    """Return what a kernel holds that is called for parts of a call."""
+    spec, number = parts.spec, counted.number
+    rows = min(spec.n_q, max(ROWS, parts.pairs // spec.n_k if parts.keys == spec.n_k else 0))
+    size = replace(spec.schedule, query_chunk=rows, key_chunk=parts.keys)
+    part = replace(counted, spec=replace(spec, schedule=size), threads=1)
+    queries, keys = ("heads", "query_chunk"), ("key_heads", "key_chunk")
+    sizes = {"q": "query_chunk", "k": "key_chunk"}
+    pairs = [name for axis, name in sizes.items() if axis in parts.axes]
+    masks = sum(mask.tile_arrays for mask in counted.masks) + (len(counted.masks) > 1)
+    added = int(bool(counted.masks)) * (1 + counted.has_bias)
+    wide, several = int(counted.widens), int(spec.blocks > 1 or rows < spec.n_q or counted.widens)
+    exact, gradients = int(training and algorithm.exact), int(training)
+    *batch, heads = spec.schedule.block
+    entries = prod(batch)
+    shapes = (entries, heads * spec.group, rows, spec.d_v), (entries, heads, parts.keys, counted.d)
+    gradient = part.term("gradient of queries of a part", gradients, *queries, "d")
+    positions = part.term("positions", int(masks > 0), "key_chunk", number=8)
+    of_part = [
+        part.term("out of a part", several, *queries, "d_v"),
+        part.term("gradients of a part", 2 * gradients, *keys, "d"),
+        gradient,
+    ]
+    found = [
+        part.term("added to scores", parts.arrays, added, *pairs),
+        positions,
+        part.term("queries, scaled", *queries, "d"),
+        part.term("keys and values, widened", 2 * wide, *keys, "d"),
+        part.term("gradients, not rounded", gradients * wide, "all_heads", "n_q", "d"),
+        part.term("gradients, not rounded", 2 * gradients * wide, "all_key_heads", "n_k", "d"),
+        part.term("lse", 1 + gradients, "all_heads", "n_q"),
+        part.term("saved: out, not rounded", exact, "all_heads", "n_q", "d_v"),
+        *fullest(
+            [
+                part.term("masks", parts.arrays, masks, *pairs, number=1),
+                positions,
+            ],
+            [*of_part, *starmap(Term, algorithm.kernel.scratch(*shapes, number, training))],
+            [*of_part, replace(gradient, name="gradient of queries, scaled")],
+        ),
+    ]
+    return [term for term in found if term.bytes]
+
+
 def _once_more(algorithm: Native, counted: Counted) -> list[Term]:
     """Return what a kernel leaves beside the tiles, which compute all again where `lse` counts."""
-    exact = int(algorithm.kernel.exact)
+    exact = int(algorithm.exact)
     return [
         counted.term("out, once more", "all_heads", "n_q", "d_v", number=counted.given),
         counted.term("saved: out of the kernel", exact, "all_heads", "n_q", "d_v"),

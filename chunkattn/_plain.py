@@ -19,6 +19,7 @@ class Plain(NamedTuple):
     value: Array
     causal: bool  # with query 0 and key 0 at the same position
     scale: float
+    added: Array | None = None  # to the scores: (b or 1, h or 1, n_q or 1, n_k or 1)
 
 
 def plain(xp: Any, spec: Spec, inputs: dict[str, Array], causal: bool, scale: float) -> Plain:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ._cached import cached_property
 from ._spec import Spec
+from .masks import Mask
 
 Array = Any
 
@@ -47,6 +48,11 @@ def heads_first(xp: Any, form: Any, x: Array) -> Array:
     return swap_layout(xp, x) if form.layout == "nhd" else x
 
 
+def with_arrays(masks: tuple[Mask, ...], data: dict[str, Any]) -> tuple[Mask, ...]:
+    """Return the masks of a `Spec` with their arrays, which are in the data of the call."""
+    return tuple(replace(mask, **held) for mask, held in zip(masks, data["masks"], strict=True))
+
+
 class Problem:
     """A call's arrays as views of shape ``(*batch, heads, n, d)``, and its masks whole again.
 
@@ -60,9 +66,7 @@ class Problem:
         scale = arrays["scale"]
         self.scale = xp.cast(scale, spec.compute) if hasattr(scale, "shape") else scale
         self.bias, self.sinks = arrays.get("bias"), arrays.get("sinks")
-        self.masks = tuple(
-            replace(mask, **held) for mask, held in zip(spec.masks, arrays["masks"], strict=True)
-        )
+        self.masks = with_arrays(spec.masks, arrays)
         offset, start = arrays["query_offset"], arrays["key_offset"]
         self.query_offset = xp.cast(offset, xp.index_dtype) if hasattr(offset, "shape") else offset
         self.key_offset = xp.as_index(start) if hasattr(start, "shape") else start
@@ -87,14 +91,18 @@ class Problem:
         """Return an array of the caller's axes as (…, h, n, width)."""
         return self.aligned(heads_first(self.xp, self.spec, x))
 
-    def outputs(self, names: tuple[str, ...] = ("out", "lse")) -> dict[str, Array]:
+    def outputs(
+        self, names: tuple[str, ...] = ("out", "lse"), one: bool | None = None
+    ) -> dict[str, Array]:
         """Return new arrays for results by name.
 
         "out" and "lse"; "low", what `lse` lacks by its rounding; "exact", `out` in the compute
-        dtype.  They are None where one task has all of the results.
+        dtype.  They are None where `one` task has all of the results, by default where one chunk
+        of queries does.
         """
         spec = self.spec
-        one = spec.blocks == 1 and spec.n_q == spec.schedule.query_chunk
+        if one is None:
+            one = spec.blocks == 1 and spec.n_q == spec.schedule.query_chunk
         if one and spec.layout == "hnd":
             return dict.fromkeys(names)
         shape = (*spec.batch, spec.heads, spec.n_q, 1)

@@ -21,7 +21,7 @@ from ._checks import (
 )
 from ._shapes import Shapes, check_floats, is_float, shapes_of
 from ._spec import Spec, schedule
-from .masks import Causal, Dense, Mask, Predicate
+from .masks import Causal, Dense, Mask, Predicate, Window
 
 Array = Any
 
@@ -52,7 +52,7 @@ class Request:
         return found
 
 
-_PLAIN = frozenset({type(None), bool, int, float, str})
+_PLAIN = frozenset({type(None), bool, int, float, str, Causal, Window})
 _KEPT: dict[Any, Request] = {}  # by what they are made of, without their arrays
 _MOST = 256
 
@@ -60,28 +60,42 @@ _MOST = 256
 def make_request(query: Array, key: Array, value: Array, **given: Any) -> Request:
     """Check every argument of `attention` and put the call into its canonical form.
 
-    A call without further arrays, masks or functions is checked once for its shapes and keywords:
-    small calls would take longer to check than to compute.
+    A call without functions, whose arrays are tokens, a mask and a bias, is checked once for its
+    shapes and keywords: small calls would take longer to check than to compute.
     """
-    types = tuple(map(type, given.values()))
+    arrays = {name: given[name] for name in ("mask", "bias") if is_array(given[name])}
+    rest = given | dict.fromkeys(arrays) if arrays else given
+    types = tuple(map(type, rest.values()))
     if not _PLAIN.issuperset(types):
         return _checked(query, key, value, **given)
     tokens = {"query": query, "key": key, "value": value}
-    xp = common_adapter(tokens.items())
-    setting = xp.setting(query)
-    if setting is None:
+    xp = common_adapter((tokens | arrays).items())
+    settings = [xp.setting(x) for x in (query, *arrays.values())]
+    if None in settings:
         return _checked(query, key, value, **given)
     inputs = xp.promoted(tokens)
-    sizes = [part for x in inputs.values() for part in (x.shape, x.dtype)]
+    sizes = [part for x in (*inputs.values(), *arrays.values()) for part in (x.shape, x.dtype)]
     # 1 == True, but for their types
-    made_of = (xp, setting, *sizes, types, *given, *given.values())
+    made_of = (xp, *settings, *sizes, *arrays, types, *rest, *rest.values())
     kept = _KEPT.get(made_of)
     if kept is None:
-        kept = replace(_checked(query, key, value, **given), inputs={})
+        kept = _without_arrays(_checked(query, key, value, **given))
         if len(_KEPT) >= _MOST:
             _KEPT.clear()
         _KEPT[made_of] = kept
-    return Request(xp, kept.spec, kept.data, inputs, kept.chunks_given, kept.known)
+    data = kept.data
+    if "mask" in arrays:
+        held = ({"allowed": arrays["mask"]} if names else {} for names in data["masks"])
+        data = data | {"masks": tuple(held)}
+    if "bias" in arrays:
+        inputs["bias"] = arrays["bias"]
+    return Request(xp, kept.spec, data, inputs, kept.chunks_given, kept.known)
+
+
+def _without_arrays(request: Request) -> Request:
+    """Return a request to be kept, with None in the place of the arrays of masks."""
+    masks = tuple(dict.fromkeys(held) for held in request.data["masks"])
+    return replace(request, inputs={}, data=request.data | {"masks": masks})
 
 
 def _checked(

@@ -198,11 +198,19 @@ def _schedule(
     if whole:
         return Schedule(rows, cols, tuple(max(1, n) for n in shapes.lead))
     room = max(1, budget // (rows * cols))
+    return Schedule(rows, cols, block_within(shapes.lead, room, even))
+
+
+def block_within(lead: tuple[int, ...], room: int, even: bool = False) -> tuple[int, ...]:
+    """Return the largest block of at most `room` entries of these axes, the last ones first.
+
+    With `even` it divides them.
+    """
     block = []
-    for n in reversed(shapes.lead):
+    for n in reversed(lead):
         size = max(1, min(n, room))
         while even and n % size:
             size -= 1
         block.append(size)
         room = room // size if size == n else 1
-    return Schedule(rows, cols, tuple(reversed(block)))
+    return tuple(reversed(block))

@@ -133,7 +133,7 @@ class Counted:
             self.term("sums and maxima", 6, *ROWS),
             self.term("buffers", "threads", own.buffers),
             self.term("objects of Python", own.objects, number=1),
-            *_fullest(
+            *fullest(
                 *self._functions(),
                 [
                     self.term("keys, widened", wide, *KEYS, "d"),
@@ -187,7 +187,7 @@ class Counted:
             self.term("sums", 8, *ROWS),
             self.term("buffers", "threads", own.buffers),
             self.term("objects of Python", own.objects, number=1),
-            *_fullest(
+            *fullest(
                 *self._functions(),
                 [
                     visible,
@@ -227,7 +227,7 @@ class Counted:
                 )
                 for name in rounded
             ),
-            *_fullest(
+            *fullest(
                 tiles,
                 *(
                     [self.term(f"gradient of {name}, rounded", *GRADIENTS[name], number=self.given)]
@@ -302,6 +302,6 @@ class Counted:
             yield [self.term("result of score_mod", *SCORES)]
 
 
-def _fullest(*moments: list[Term]) -> list[Term]:
+def fullest(*moments: list[Term]) -> list[Term]:
     """Return the terms of the moment that takes most."""
     return max(moments, key=total)

@@ -17,13 +17,11 @@ Array = Any
 Index = Any  # an int, or a traced integer
 
 
-class Rows:
+class Span:
     """The queries ``start … start + size - 1`` of one block of batch entries and heads.
 
     Attributes
     ----------
-    query : array of shape (…, h_k, group · size, d)
-        The queries times the scale, in the compute dtype.
     lead : tuple of int
         The shape (…, h, size) of these queries.
     heads : tuple of (int, int)
@@ -32,6 +30,60 @@ class Rows:
         The position of query 0: an int, or integers that broadcast against the tile.
     key_offset, n_k : int
         The position of key 0, and the number of keys.
+    """
+
+    def __init__(self, problem: Problem, block: tuple[Cut, ...], start: Index, size: int) -> None:
+        self.problem, self.block, self.start, self.size = problem, block, start, size
+        self.xp, spec = problem.xp, problem.spec
+        *batch, (key_head, count) = block
+        self.heads = (*batch, (key_head * spec.group, count * spec.group))
+        self.lead = (*(count for _, count in self.heads), size)
+        self.offset, self.key_offset, self.n_k = problem.query_offset, problem.key_offset, spec.n_k
+        if hasattr(self.offset, "shape"):
+            self.offset = self.of_batch(self.offset)[..., None, None, None]
+
+    def of_batch(self, x: Array, own: int = 0) -> Array:
+        """Return this block's part of an array over the batch axes and `own` further axes."""
+        batch = self.block[:-1]
+        x = x[(None,) * (len(batch) + own - x.ndim) + (...,)]
+        return self.part(x, batch)
+
+    def of_heads(self, x: Array) -> Array:
+        """Return this block's part of an array (h, …)."""
+        return self.part(x, self.heads[-1:])
+
+    def part(self, x: Array, cuts: tuple[Cut, ...]) -> Array:
+        """Return a part of `x`, cut along its leading axes; those of length 1 broadcast and stay.
+
+        It is one cut, so that no block is copied where a loop is traced.
+        """
+        lengths = zip(x.shape, cuts, strict=False)
+        needed = [None if n == 1 or n == size else (start, size) for n, (start, size) in lengths]
+        return self.xp.cut(x, needed) if any(needed) else x
+
+    @property
+    def first(self) -> Index:
+        """The smallest position of these queries."""
+        return self.start + self._offset_bound("min")
+
+    @property
+    def last(self) -> Index:
+        """The largest position of these queries."""
+        return self.start + self.size - 1 + self._offset_bound("max")
+
+    def _offset_bound(self, extreme: str) -> Index:
+        if not hasattr(self.offset, "shape"):
+            return self.offset
+        return self.xp.as_index(getattr(self.xp, extreme)(self.offset))
+
+
+class Rows(Span):
+    """A span with its queries.
+
+    Attributes
+    ----------
+    query : array of shape (…, h_k, group · size, d)
+        The queries times the scale, in the compute dtype.
     repeated : int
         How many of the queries an earlier chunk has had already.
     """
@@ -44,15 +96,8 @@ class Rows:
         size: int,
         repeated: Index = 0,
     ) -> None:
-        self.problem, self.block, self.start, self.size = problem, block, start, size
+        super().__init__(problem, block, start, size)
         self.repeated = repeated
-        self.xp, spec = problem.xp, problem.spec
-        *batch, (key_head, count) = block
-        self.heads = (*batch, (key_head * spec.group, count * spec.group))
-        self.lead = (*(count for _, count in self.heads), size)
-        self.offset, self.key_offset, self.n_k = problem.query_offset, problem.key_offset, spec.n_k
-        if hasattr(self.offset, "shape"):
-            self.offset = self.of_batch(self.offset)[..., None, None, None]
         self.query = self.grouped(self.unscaled * problem.scale)
 
     @property
@@ -100,25 +145,6 @@ class Rows:
         space = self.xp.workspace(self.query, count * size, spec.compute)
         return [None if space is None else space[i * size : (i + 1) * size] for i in range(count)]
 
-    def of_batch(self, x: Array, own: int = 0) -> Array:
-        """Return this block's part of an array over the batch axes and `own` further axes."""
-        batch = self.block[:-1]
-        x = x[(None,) * (len(batch) + own - x.ndim) + (...,)]
-        return self.part(x, batch)
-
-    def of_heads(self, x: Array) -> Array:
-        """Return this block's part of an array (h, …)."""
-        return self.part(x, self.heads[-1:])
-
-    def part(self, x: Array, cuts: tuple[Cut, ...]) -> Array:
-        """Return a part of `x`, cut along its leading axes; those of length 1 broadcast and stay.
-
-        It is one cut, so that no block is copied where a loop is traced.
-        """
-        lengths = zip(x.shape, cuts, strict=False)
-        needed = [None if n == 1 or n == size else (start, size) for n, (start, size) in lengths]
-        return self.xp.cut(x, needed) if any(needed) else x
-
     def corner(self, x: Array, cuts: tuple[Cut, ...], row: Index, col: Index = 0) -> list[Index]:
         """Return where in `x` the part begins that `cuts`, a row and a column tell."""
         starts = (*(start for start, _ in cuts), row, col)
@@ -163,21 +189,6 @@ class Rows:
             return x
         *batch, heads, rows, cols = x.shape
         return self.xp.reshape(x, (*batch, heads * group, rows // group, cols))
-
-    @property
-    def first(self) -> Index:
-        """The smallest position of these queries."""
-        return self.start + self._offset_bound("min")
-
-    @property
-    def last(self) -> Index:
-        """The largest position of these queries."""
-        return self.start + self.size - 1 + self._offset_bound("max")
-
-    def _offset_bound(self, extreme: str) -> Index:
-        if not hasattr(self.offset, "shape"):
-            return self.offset
-        return self.xp.as_index(getattr(self.xp, extreme)(self.offset))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ._mask import Mask, Range
 
 if TYPE_CHECKING:
     from ._shapes import Shapes
-    from ._tiles import Rows, Tile
+    from ._tiles import Rows, Span, Tile
 
 Array = Any
 
@@ -43,7 +43,7 @@ class Causal(Mask):
 
     aligned = True
 
-    def key_range(self, rows: Rows) -> Range:
+    def key_range(self, rows: Span) -> Range:
         """Up to the position of the last query."""
         return None, rows.last + 1
 
@@ -126,7 +126,7 @@ class Window(Mask):
                     f"for no bound; got {width}"
                 )
 
-    def key_range(self, rows: Rows) -> Range:
+    def key_range(self, rows: Span) -> Range:
         """From the first query's left to the last query's right."""
         return (
             None if self.left is None else rows.first - self.left,
@@ -205,7 +205,7 @@ class Lengths(Mask):
             if lengths is not None:
                 shapes.check_integers(xp, f"Lengths: {name}", lengths, shapes.batch)
 
-    def key_range(self, rows: Rows) -> Range:
+    def key_range(self, rows: Span) -> Range:
         """Up to the largest length; nothing where all queries are past theirs."""
         return self._range(rows, "max", rows.start)
 
@@ -218,10 +218,10 @@ class Lengths(Mask):
         return False
 
     @staticmethod
-    def _lengths(rows: Rows, lengths: Array) -> Array:
+    def _lengths(rows: Span, lengths: Array) -> Array:
         return rows.of_batch(rows.xp.cast(lengths, rows.xp.index_dtype))
 
-    def _range(self, rows: Rows, extreme: str, index: Any) -> Range:
+    def _range(self, rows: Span, extreme: str, index: Any) -> Range:
         xp, stop = rows.xp, None
         if self.key is not None:
             stop = xp.as_index(getattr(xp, extreme)(self._lengths(rows, self.key)))

@@ -219,8 +219,8 @@ DPA_REFUSED = {
         "local_window_size must not be negative",
     ),
     "cudnn": (
-        [T, S, S],
-        {"implementation": "cudnn", "local_window_size": 3},
+        [T, S, (2, 9, 4, 5)],
+        {"implementation": "cudnn"},
         NotImplementedError,
         "native",
     ),

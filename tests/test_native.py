@@ -211,18 +211,34 @@ def test_nan_behind_the_causal_mask(owner, dtypes, rng, extreme, name):
 
 
 REASONS = {
-    "bias": lambda lib: {"bias": lib.asarray(np.zeros((16, 16)))},
     "sinks": lambda lib: {"sinks": lib.asarray(np.zeros(2))},
     "softcap": lambda lib: {"softcap": 5.0},
     "score_mod": lambda lib: {"score_mod": lambda s, b, h, q, k: s},
     "dropout": lambda lib: {"dropout": 0.5, "dropout_seed": 1},
-    "mask other than Causal": lambda lib: {"mask": Window(4, 4)},
-    "mask other than": lambda lib: {"mask": lib.asarray(np.ones((16, 16), dtype=bool))},
-    "causal mask does not begin": lambda lib: {"causal": True, "query_offset": 3},
+    "mask of the caller's own": lambda lib: {"mask": lambda b, h, q_idx, kv_idx: q_idx > kv_idx},
     "scale is an array": lambda lib: {"scale": lib.asarray(np.asarray(0.5))},
     "compute_dtype": lambda lib: {"compute_dtype": "float64"},
     "progress": lambda lib: {"progress": print},
 }
+
+
+ADDED = {  # to the scores, by some kernels
+    "bias": lambda lib: {"bias": lib.asarray(np.zeros((16, 16)))},
+    "window": lambda lib: {"mask": Window(4, 4)},
+    "array": lambda lib: {"mask": lib.asarray(np.ones((16, 16), dtype=bool))},
+    "offset": lambda lib: {"causal": True, "query_offset": 3},
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_what_some_kernels_do(owner, dtypes, rng, case):
+    given = ADDED[case](owner)
+    arrays = [owner.asarray(rng.standard_normal((1, 2, 16, 8)), dtypes[0]) for _ in range(3)]
+    if owner.name == "torch":
+        close(owner, dtypes[0], native(*arrays, **given), chunked(*arrays, **given))
+        return
+    with pytest.raises(NotImplementedError, match=r"bias, and .* mask other than Causal"):
+        owner.call(native, *arrays, **given)
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -327,5 +343,5 @@ def test_what_is_captured_takes_no_branch(monkeypatch):
         monkeypatch.setattr(module, "is_captured", lambda x: True)
     assert adapter.when(test, lambda: 1, lambda: 2) == 1
     arrays = [torch.ones(1, 2, 8, 8)] * 3
-    assert torch_native.choose(Plain(*arrays, False, 1.0))[0] is not None
-    assert torch_native.choose(Plain(*arrays, True, 1.0))[0] is None
+    assert torch_native.choose(Plain(*arrays, False, 1.0), False)[0] is not None
+    assert torch_native.choose(Plain(*arrays, True, 1.0), False)[0] is None

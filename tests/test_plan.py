@@ -12,7 +12,7 @@ import numpy as np
 import plans
 import pytest
 
-from chunkattn import ArraySpec, attention, attention_jvp, attention_vjp, masks, plan
+from chunkattn import ArraySpec, _parts, attention, attention_jvp, attention_vjp, masks, plan
 from chunkattn._memory import bytes_of
 
 MODES = pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
@@ -65,6 +65,45 @@ def test_prediction_on_torch(case, training):
     with memory.torch_threads(1):
         predicted = found.plan().peak_bytes
     assert measured <= predicted <= 1.25 * measured
+
+
+PARTS = {
+    "mask array": lambda case: {"mask": case.array(case.random(case.n, case.n) < 0.5)},
+    "array by head": lambda case: {"mask": case.array(case.random(case.h, case.n, case.n) < 0.5)},
+    "bias": plans.KEYWORDS["bias"],
+    "window": plans.KEYWORDS["window"],
+    "lengths": lambda case: {"mask": masks.Lengths(key=case.array(np.asarray(case.n)))},
+}
+
+
+@MODES
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", PARTS)
+def test_prediction_of_parts_on_torch(case, dtype, training, monkeypatch):
+    """By the allocator's record, where PyTorch's kernel is called for parts of a call."""
+    pytest.importorskip("torch")
+    shapes = {"n": 1024, "h": 8, "tiles": {}, "implementation": "native", "dtype": dtype}
+    monkeypatch.setitem(plans.SHAPES, "parts", shapes)
+    monkeypatch.setitem(plans.KEYWORDS, "parts", PARTS[case])
+    found = plans.Case(libraries.library("torch"), "parts", training)
+    measured = found.measured()
+    with memory.torch_threads(1):
+        predicted = found.plan().peak_bytes
+    assert measured <= predicted <= 1.3 * measured
+
+
+@pytest.mark.parametrize("n", [2048, 4096, 8192])
+def test_memory_of_parts(n):
+    """What is added to the scores does not grow with their number."""
+    torch = pytest.importorskip("torch")
+    x, bias = torch.ones(1, n, 16), torch.zeros(n, n)
+
+    def call(*arrays):
+        own = bias[: arrays[0].shape[-2], : arrays[0].shape[-2]]
+        return (attention(*arrays, bias=own, causal=True, implementation="native"),)
+
+    peak = memory.extra_bytes(libraries.library("torch"), call, x, x, x)
+    assert _parts.BYTES / 4 < peak < 3 * _parts.BYTES
 
 
 @pytest.mark.parametrize(("dtype", "heads"), [("float32", 1), ("bfloat16", 16)])

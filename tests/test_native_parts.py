@@ -1,0 +1,249 @@
+"""PyTorch's kernel for CPUs with masks and a bias, which are added to the scores part by part."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from functools import partial
+
+import libraries
+import numpy as np
+import pytest
+
+from chunkattn import _parts, attention
+from chunkattn._request import _KEPT
+from chunkattn.masks import Lengths, Segments, Window
+
+torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
+native = partial(attention, implementation="native")
+chunked = partial(attention, implementation="chunked")
+tensor = torch.as_tensor
+
+
+@pytest.fixture
+def lib():
+    return libraries.library("torch")
+
+
+@pytest.fixture(params=["as they are", "small"])
+def sizes(request, monkeypatch):
+    """Parts as they are, and small ones: several blocks, several parts of each."""
+    if request.param == "small":
+        monkeypatch.setattr(_parts, "ROWS", 8)
+        monkeypatch.setattr(_parts, "FEW", 0)
+        monkeypatch.setattr(_parts, "BYTES", 8 * 72 * 8 * 3)
+    _KEPT.clear()  # what it has was cut otherwise
+    yield
+    _KEPT.clear()
+
+
+def random(rng, *shape):
+    return torch.from_numpy(rng.standard_normal(shape))
+
+
+def some(rng, *shape):
+    return torch.from_numpy(rng.random(shape) < 0.5)
+
+
+# By name: shapes as (batch, (query heads, key heads), n_q, n_k), and the keywords.
+CASES = {
+    "array": (((2,), (4, 4), 64, 64), lambda rng: {"mask": some(rng, 64, 64)}),
+    "array by head": (((2,), (4, 2), 40, 72), lambda rng: {"mask": some(rng, 2, 4, 40, 72)}),
+    "array by batch": (((3,), (4, 2), 40, 72), lambda rng: {"mask": some(rng, 3, 1, 40, 72)}),
+    "keys": (((2,), (4, 2), 40, 72), lambda rng: {"mask": some(rng, 2, 1, 1, 72)}),
+    "queries": (((2,), (4, 2), 40, 72), lambda rng: {"mask": some(rng, 40, 1)}),
+    "nothing seen": (((2,), (4, 2), 40, 72), lambda rng: {"mask": tensor([[False]])}),
+    "everything seen": (((2,), (4, 4), 64, 64), lambda rng: {"mask": Window(None, None)}),
+    "two masks": (
+        ((2,), (4, 4), 64, 64),
+        lambda rng: {"mask": (some(rng, 64, 64), Lengths(key=tensor([50, 3]))), "causal": True},
+    ),
+    "causal, later": (((), (4, 2), 40, 72), lambda rng: {"causal": True, "query_offset": 30}),
+    "causal, by entry": (
+        ((2,), (4, 2), 40, 72),
+        lambda rng: {"causal": True, "query_offset": tensor([-5, 30]), "key_offset": 2},
+    ),
+    "window": (((2,), (4, 4), 64, 64), lambda rng: {"mask": Window(9, 3)}),
+    "lengths": (
+        ((3,), (4, 4), 64, 64),
+        lambda rng: {"mask": Lengths(tensor([64, 40, 0]), tensor([20, 64, 1]))},
+    ),
+    "segments": (((), (4, 4), 64, 64), lambda rng: {"mask": Segments(torch.arange(64) // 9)}),
+    "bias": (((2,), (4, 4), 64, 64), lambda rng: {"bias": random(rng, 64, 64)}),
+    "bias by head": (((2,), (4, 2), 40, 72), lambda rng: {"bias": random(rng, 4, 40, 72)}),
+    "bias by key": (((2,), (4, 2), 40, 72), lambda rng: {"bias": random(rng, 72)}),
+    "bias and mask": (
+        ((2,), (4, 4), 64, 64),
+        lambda rng: {"bias": random(rng, 64, 64), "causal": True},
+    ),
+    "bias of -inf": (
+        ((2,), (4, 4), 64, 64),
+        lambda rng: {"bias": torch.where(some(rng, 64, 1) & some(rng, 64), 0.0, -torch.inf)},
+    ),
+    "one query": (((2,), (6, 2), 1, 72), lambda rng: {"mask": some(rng, 2, 1, 1, 72)}),
+    "one query, by head": (((2,), (6, 2), 1, 72), lambda rng: {"mask": some(rng, 6, 1, 72)}),
+    "one query, a bias": (((2,), (6, 2), 1, 72), lambda rng: {"bias": random(rng, 6, 1, 72)}),
+    "two batch axes": (
+        ((2, 3), (4, 2), 40, 72),
+        lambda rng: {"mask": some(rng, 3, 1, 40, 72), "bias": random(rng, 2, 1, 4, 1, 72)},
+    ),
+    "layout": (
+        ((2,), (4, 2), 40, 72),
+        lambda rng: {"mask": some(rng, 40, 72), "layout": "nhd"},
+    ),
+    "no heads": (((), None, 40, 72), lambda rng: {"mask": some(rng, 40, 72)}),
+}
+
+
+def tokens(rng, shapes, dtype, layout="hnd", d=16):
+    batch, heads, n_q, n_k = shapes
+    found = []
+    for which, n in ((0, n_q), (1, n_k), (1, n_k)):
+        shape = (n, d) if heads is None else (*batch, heads[which], n, d)
+        x = random(rng, *shape).to(dtype)
+        found.append(x.transpose(-3, -2).contiguous() if layout == "nhd" else x)
+    return found
+
+
+def close(found, expected, dtype):
+    """Compare to within some roundings of a dtype, by the largest number; -inf is itself."""
+    assert found.dtype == expected.dtype
+    assert torch.equal(found == -torch.inf, expected == -torch.inf)
+    found, expected = (torch.where(x == -torch.inf, 0, x.double()) for x in (found, expected))
+    bound = 16 * torch.finfo(dtype).eps * max(1, expected.abs().max().item())
+    assert (found - expected).abs().max().item() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("sizes")
+def test_values_and_gradients(rng, case, dtype):
+    shapes, keywords = CASES[case]
+    given = keywords(rng)
+    arrays = [x.requires_grad_() for x in tokens(rng, shapes, dtype, given.get("layout", "hnd"))]
+    if "bias" in given:
+        given["bias"] = given["bias"].to(dtype)
+    results = []
+    for way in (native, chunked):
+        out, lse = way(*arrays, **given, return_lse=True)
+        alone = way(*arrays, **given)
+        assert torch.equal(out, alone)
+        d_out = torch.ones_like(out) + torch.arange(16) / 16
+        gradients = torch.autograd.grad(alone, arrays, d_out.to(dtype))
+        with_lse = torch.autograd.grad((out, lse), arrays, (d_out.to(dtype), lse.exp().detach()))
+        results.append((out, lse, *gradients, *with_lse))
+    for found, expected in zip(*results, strict=True):
+        close(found.detach(), expected.detach(), dtype)
+
+
+@pytest.mark.parametrize("extreme", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["key", "value", "bias"])
+def test_nan_behind_a_mask(rng, extreme, name):
+    """The kernel multiplies it by 0; then the tiles take over, in the gradients too."""
+    arrays = tokens(rng, ((2,), (4, 4), 64, 64), torch.float32)
+    mask, bias = torch.ones(64, 64, dtype=torch.bool), torch.zeros(64, 64)
+    mask[:40, 40] = False
+    if name == "bias":
+        bias[:40, 40] = extreme
+    else:
+        arrays[1 + (name == "value")][..., 40, :] = extreme
+    d_out = (torch.arange(64) < 40).float()[:, None] * torch.ones(2, 4, 64, 16)
+    results = []
+    for way in (native, chunked):
+        leaves = [x.clone().requires_grad_() for x in arrays]
+        out, lse = way(*leaves, mask=mask, bias=bias, return_lse=True)
+        alone = way(*leaves, mask=mask, bias=bias)
+        results.append((out, lse, alone, torch.autograd.grad(alone, leaves[0], d_out)[0]))
+    for found, expected in zip(*results, strict=True):
+        assert found[:, :, :40].isfinite().all()
+        assert torch.equal(found.isnan(), expected.isnan())
+        close(found[:, :, :40].detach(), expected[:, :, :40].detach(), torch.float32)
+
+
+def choice(caplog, *arrays, **given):
+    with caplog.at_level(logging.DEBUG, "chunkattn"):
+        caplog.clear()
+        attention(*arrays, **given)
+        return caplog.messages[-1]
+
+
+def test_the_choice_of_auto(rng, caplog, monkeypatch):
+    arrays = tokens(rng, ((), (2, 2), 64, 64), torch.float32)
+    array, bias = torch.ones(64, 64, dtype=torch.bool), torch.zeros(64, 64)
+    tell = partial(choice, caplog, *arrays)
+    assert tell(mask=array).startswith("native: ")
+    assert tell(bias=bias, causal=True).startswith("native: ")
+    assert tell(mask=array, key_chunk_size=8) == "chunked: chunk sizes are given"
+    bias.requires_grad_()
+    assert tell(bias=bias) == "chunked: no kernel has the gradient of a bias"
+    with torch.no_grad():
+        assert tell(bias=bias).startswith("native: ")
+    monkeypatch.setattr(_parts, "RUNS", 60)
+    _KEPT.clear()
+    assert tell(mask=array).startswith("native: ")
+    assert tell(mask=Window(9, 0)) == "chunked: tiles spare the masks of many keys"
+    monkeypatch.setattr(_parts, "ROWS", 16)
+    _KEPT.clear()
+    assert tell(mask=Window(9, 0)).startswith("native: ")
+    assert tell(mask=Window(9, None)) == "chunked: tiles spare the masks of many keys"
+    monkeypatch.setattr(_parts, "BYTES", 1024)
+    _KEPT.clear()
+    told = "chunked: the smallest array that is added to scores would be large"
+    assert tell(mask=array) == told
+    _KEPT.clear()
+
+
+def test_calls_of_equal_shapes(rng):
+    """Such a call is checked once, with the numbers of neither mask nor bias, and holds neither."""
+    arrays = tokens(rng, ((), (2, 2), 32, 32), torch.float32)
+    for _ in range(3):
+        given = {"mask": some(rng, 32, 32), "bias": random(rng, 32, 32).float()}
+        close(attention(*arrays, **given), chunked(*arrays, **given), torch.float32)
+    watched = [weakref.ref(x) for x in given.values()]
+    del given
+    gc.collect()
+    assert [x() for x in watched] == [None, None]
+    with pytest.raises(TypeError, match="mask must be a boolean array"):
+        attention(*arrays, mask=torch.ones(32, 32), bias=torch.ones(32, 32))
+    with pytest.raises(ValueError, match="bias must broadcast"):
+        attention(*arrays, mask=some(rng, 32, 32), bias=torch.ones(32, 31))
+    with pytest.raises(TypeError, match=r"must be dense \(strided\)"):
+        attention(*arrays, mask=some(rng, 32, 32).to_sparse(), bias=torch.ones(32, 32))
+    with pytest.raises(TypeError, match="one library"):
+        attention(*arrays, mask=np.ones((32, 32), dtype=bool), bias=torch.ones(32, 32))
+
+
+def test_transforms(rng):
+    """Of `torch.func`: over masks alone, and gradients by a bias."""
+    arrays = tokens(rng, ((), (2, 2), 32, 32), torch.float64)
+    many = some(rng, 3, 32, 32)
+    found = torch.func.vmap(lambda mask: attention(*arrays, mask=mask))(many)
+    close(found, torch.stack([chunked(*arrays, mask=mask) for mask in many]), torch.float64)
+    bias = random(rng, 32, 32)
+    found, expected = (
+        torch.func.grad(lambda x, f=f: f(*arrays, bias=x, causal=True).sum())(bias)
+        for f in (attention, chunked)
+    )
+    close(found, expected, torch.float64)
+    found, expected = (
+        torch.func.jvp(lambda q, f=f: f(q, *arrays[1:], bias=bias), (arrays[0],), (arrays[1],))[1]
+        for f in (native, chunked)
+    )
+    close(found, expected, torch.float64)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_bias_in_compiled_code(rng, learns, caplog):
+    arrays = [x.requires_grad_() for x in tokens(rng, ((), (2, 2), 32, 32), torch.float32)]
+    bias = random(rng, 32, 32).float().requires_grad_(learns)
+    leaves = [*arrays, bias] if learns else arrays
+    results = []
+    for f in (torch.compile(attention, backend="eager", fullgraph=True), chunked):
+        out = f(*arrays, bias=bias, causal=True)
+        results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+    for found, expected in zip(*results, strict=True):
+        close(found.detach(), expected.detach(), torch.float32)
