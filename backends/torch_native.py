@@ -159,7 +159,7 @@ def choose(call: Any, adds: bool) -> tuple[Kernel | InFloat32 | None, bool, str]
     device, d = query.device.type, query.shape[-1]
     if value.shape[-1] != d:
         return None, False, "the kernels want values as wide as the keys"
-    if adds and device != "cpu" and not is_shape(query):
+    if adds and device not in ("cpu", "meta"):
         return None, False, "on CPUs alone PyTorch is given a bias, and a mask other than Causal"
     if device == "cuda" and d % 8:
         return None, False, "the kernels want a width that is a multiple of 8"

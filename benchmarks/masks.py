@@ -3,10 +3,10 @@
     python benchmarks/masks.py [--n 8192] [--memory-n 16384] [--rounds 5] [--out FILE]
 
 Times are taken in turns (full, causal, window, segments, full, …) in one run; the ratio is that of
-the medians, with the range of the ratios round by round.  Calls with a boolean array of n/2 queries
-and keys are set beside PyTorch's `scaled_dot_product_attention` (SDPA) with the same array.  Memory
-is what one call allocates beyond inputs and outputs: NumPy by tracemalloc, JAX by XLA's memory
-analysis (temporaries).
+the medians, with the range of the ratios round by round.  Calls with a boolean array of n/64, n/16,
+n/8 and n/2 queries and keys are set beside PyTorch's `scaled_dot_product_attention` (SDPA) with the
+same array.  Memory is what one call allocates beyond inputs and outputs: NumPy by tracemalloc, JAX
+by XLA's memory analysis (temporaries).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,10 @@ def booleans(n):
 
 
 def boolean_calls(n, mask, heads=8, d=64):
-    """Return calls with a boolean array as functions without arguments: each library's, SDPA."""
+    """Return calls with a boolean array as functions without arguments: each library's, SDPA.
+
+    Of PyTorch's there are those of its tiles, too, and those with gradients.
+    """
     import torch
 
     sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -91,10 +95,27 @@ def boolean_calls(n, mask, heads=8, d=64):
         call = compiled(function)
         return lambda: wait(call(*own))
 
-    found = {"sdpa": of("torch", lambda q, k, v, m: sdpa(q, k, v, attn_mask=m))}
-    for name in ("numpy", "torch", "jax"):
-        found[name] = of(name, lambda q, k, v, m: attention(q, k, v, mask=m))
-    return found
+    def with_gradients(function):
+        def call(*tokens_and_mask):
+            *own, m = tokens_and_mask
+            leaves = [x.requires_grad_() for x in own]
+            return torch.autograd.grad(function(*leaves, m).sum(), leaves)
+
+        return of("torch", call)
+
+    def ours(q, k, v, m, **given):
+        return attention(q, k, v, mask=m, **given)
+
+    def theirs(q, k, v, m):
+        return sdpa(q, k, v, attn_mask=m)
+
+    forward = {name: of(name, ours) for name in ("numpy", "torch", "jax")}
+    forward |= {"torch, tiles": of("torch", partial(ours, implementation="chunked"))}
+    forward |= {"sdpa": of("torch", theirs)}
+    return forward, {
+        "torch, with gradients": with_gradients(ours),
+        "sdpa": with_gradients(theirs),
+    }
 
 
 def in_turns(functions, rounds):
@@ -155,13 +176,14 @@ def report(arguments):
         times = in_turns(calls(name, arguments.n), arguments.rounds)
         for case, ratio, low, high in ratios(times, "full"):
             yield f"| {name} | {case} | {ratio:.3f} | {low:.3f}–{high:.3f} | {BARS.get(case, '')} |"
-    n = arguments.n // 2
-    yield f"\n## Boolean arrays, time relative to PyTorch's SDPA with the same (n = {n:,})\n"
-    yield "| array | library | ratio | range over rounds |\n|---|---|---|---|"
-    for kind, mask in booleans(n).items():
-        times = in_turns(boolean_calls(n, mask), arguments.rounds)
-        for name, ratio, low, high in ratios(times, "sdpa"):
-            yield f"| {kind} | {name} | {ratio:.2f} | {low:.2f}–{high:.2f} |"
+    yield "\n## Boolean arrays, time relative to PyTorch's SDPA with the same\n"
+    yield "| n | array | library | ratio | range over rounds |\n|---|---|---|---|---|"
+    for n in (arguments.n // part for part in (64, 16, 8, 2)):
+        for kind, mask in booleans(n).items():
+            for functions in boolean_calls(n, mask):
+                times = in_turns(functions, arguments.rounds)
+                for name, ratio, low, high in ratios(times, "sdpa"):
+                    yield f"| {n} | {kind} | {name} | {ratio:.2f} | {low:.2f}–{high:.2f} |"
     yield f"\n## Memory of one call (1 × {arguments.memory_n} × 64, float32), MiB\n"
     yield "| case | NumPy | JAX under jit |\n|---|---|---|"
     import jax.numpy as jnp

@@ -60,7 +60,7 @@ class Mask:
 
         Parameters
         ----------
-        rows : Rows
+        rows : Span
             The queries: ``rows.first`` and ``rows.last`` are their smallest and largest position.
 
         Returns

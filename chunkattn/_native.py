@@ -59,23 +59,23 @@ def operation(
     """
     if implementation not in ("auto", "native"):
         return _tiles(request, return_lse), f"implementation={implementation!r}"
-    kernel, better, why = _kernel(request, learns)
-    parts, exact = request.known.get("parts"), kernel is not None and kernel.exact
-    if parts is not None:
-        exact = request.spec.dtype != request.spec.compute
+    kernel, better, parts, why = _kernel(request, learns)
     if kernel is not None and reports:
         kernel, why = None, "no kernel reports progress"
+    exact = kernel is not None and kernel.exact
+    if parts is not None:
+        exact = request.spec.dtype != request.spec.compute
     if implementation == "native" and kernel is None:
         raise NotImplementedError(f"implementation='native': {why}; 'chunked' computes the same")
     if implementation == "auto":
         if kernel is not None and request.chunks_given:
             better, why = False, "chunk sizes are given"
-        elif exact and return_lse:
+        elif kernel is not None and exact and return_lse:
             better, why = False, "gradients with lse are the tiles', which hold more beside copies"
         if kernel is None or not better:
             return _tiles(request, return_lse), why
-    causal, scale = _causal(request.spec, request.data), request.data["scale"]
-    found = _native(kernel, bool(causal), scale, return_lse, exact, parts)
+    causal = parts is None and bool(_causal(request.spec, request.data))
+    found = _native(kernel, causal, request.data["scale"], return_lse, exact, parts)
     return found, f"{kernel}: {why}"
 
 
@@ -89,32 +89,34 @@ def _tiles(request: Request, return_lse: bool) -> Forward:
     return _FORWARD[return_lse or request.xp.traced(request.inputs)]
 
 
-def _kernel(request: Request, learns: bool) -> tuple[Any, bool, str]:
+def _kernel(request: Request, learns: bool) -> tuple[Any, bool, Parts | None, str]:
     """Return the kernel for a request or None, whether it is better than tiles, and why.
 
-    Where it takes parts of the call, these are in ``request.known``.
+    The third is how the call is cut for it, where that is called for parts.
     """
     xp, spec, data, inputs = request.xp, request.spec, request.data, request.inputs
     if (why := xp.no_kernel(inputs)) is not None:  # spare the look at the call
-        return None, False, why
+        return None, False, None, why
     if "bias" in inputs and (learns or xp.watched(inputs["bias"])):
-        return None, False, "no kernel has the gradient of a bias"
+        return None, False, None, "no kernel has the gradient of a bias"
     if "lacking" not in request.known:
         request.known["lacking"] = _lacking(request)
     if (why := request.known["lacking"]) is not None:
-        return None, False, why
+        return None, False, None, why
     causal = _causal(spec, data)
     adds = causal is None or "bias" in inputs
     call = plain(xp, spec, inputs, not adds and causal is True, data["scale"])
     kernel, better, why = xp.kernel(call, adds)
-    if kernel is not None and adds:
-        if "parts" not in request.known:
-            request.known["parts"] = parts_of(request)
-        if request.known["parts"] is None:
-            return None, False, "the smallest array that is added to scores would be large"
-        if not beats_tiles(request, request.known["parts"]):
-            better, why = False, "tiles spare the masks of many keys"
-    return kernel, better, why
+    if kernel is None or not adds:
+        return kernel, better, None, why
+    if "parts" not in request.known:
+        request.known["parts"] = parts_of(request)
+    parts = request.known["parts"]
+    if parts is None:
+        return None, False, None, "the smallest array that is added to scores would be large"
+    if not beats_tiles(request, parts):
+        better, why = False, "tiles spare the masks of many keys"
+    return kernel, better, parts, why
 
 
 _MASKS = frozenset({Causal, Dense, Lengths, Segments, Window})

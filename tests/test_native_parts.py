@@ -182,6 +182,11 @@ def test_the_choice_of_auto(rng, caplog, monkeypatch):
     assert tell(bias=bias) == "chunked: no kernel has the gradient of a bias"
     with torch.no_grad():
         assert tell(bias=bias).startswith("native: ")
+    half = [x.half() for x in arrays]
+    with torch.no_grad():
+        assert choice(caplog, *half, bias=bias).startswith("native: ")
+    why = choice(caplog, *half, bias=bias, return_lse=True)
+    assert why == "chunked: no kernel has the gradient of a bias"
     monkeypatch.setattr(_parts, "RUNS", 60)
     _KEPT.clear()
     assert tell(mask=array).startswith("native: ")
