@@ -33,6 +33,16 @@ def _positions(rows: Span, start: Array, stop: Array) -> Range:
     return rows.xp.as_index(start) + offset, rows.xp.as_index(stop) + offset
 
 
+def axes_of_pairs(x: Array) -> str:
+    """Return the axes of an array of pairs that do not broadcast: batch, heads, queries, keys."""
+    *lead, rows, cols = (1, 1, *tuple(x.shape))
+    return (
+        ("bh" if any(n != 1 for n in lead) else "")
+        + ("q" if rows != 1 else "")
+        + ("k" if cols != 1 else "")
+    )
+
+
 @dataclass(frozen=True)
 class Segments(Mask):
     """Allow the pairs of equal ids: several documents packed into one sequence.
@@ -201,12 +211,7 @@ class Dense(Mask):
     @property
     def tile_axes(self) -> str:
         """Those that do not broadcast."""
-        *lead, rows, cols = (1, 1, *tuple(self.allowed.shape))
-        return (
-            ("bh" if any(n != 1 for n in lead) else "")
-            + ("q" if rows != 1 else "")
-            + ("k" if cols != 1 else "")
-        )
+        return axes_of_pairs(self.allowed)
 
     @property
     def tile_arrays(self) -> int:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from ._adapters import compiling
+from ._choice import operation
 from ._memory import prepared
-from ._native import operation
 from ._progress import Progress
 from ._request import Request
 

@@ -13,8 +13,8 @@ from typing import Any
 from ._adapters import common_adapter, loaded
 from ._attention import compute
 from ._calculus import RESULTS
+from ._choice import operation
 from ._memory import prepared
-from ._native import operation
 from ._problem import TOKENS
 from .backends import torch_compile
 from .backends.torch_compile import is_tensor as is_tensor

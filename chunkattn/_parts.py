@@ -13,6 +13,7 @@ from math import prod
 from operator import and_
 from typing import Any, NamedTuple
 
+from ._array_masks import axes_of_pairs
 from ._calculus import RESULTS
 from ._loops import seen
 from ._plain import Plain
@@ -90,9 +91,7 @@ def _axes(request: Request, masks: tuple[Mask, ...]) -> str:
     if hasattr(request.data["query_offset"], "shape") and any(mask.aligned for mask in masks):
         letters += "b"
     if "bias" in request.inputs:
-        shape: tuple[int, ...] = (1, 1, *request.inputs["bias"].shape)
-        *lead, rows, cols = shape
-        letters += "bh" * (prod(lead) > 1) + "q" * (rows > 1) + "k" * (cols > 1)
+        letters += axes_of_pairs(request.inputs["bias"])
     return "".join(axis for axis in "bhqk" if axis in letters)
 
 

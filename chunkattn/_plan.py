@@ -12,8 +12,8 @@ from typing import Any
 
 from ._adapters import adapter_of, is_array
 from ._attention import attention
+from ._choice import operation
 from ._memory import number_bytes, prepared, terms
-from ._native import operation
 from ._request import Request
 from ._terms import Term, term, total
 

@@ -31,9 +31,9 @@ def lib():
 
 @pytest.fixture(params=["as they are", "small"])
 def sizes(request, monkeypatch):
-    """Parts as they are, and small ones: several blocks, several parts of each."""
+    """Parts as they are, and small ones: several blocks, parts of each, a shorter last one."""
     if request.param == "small":
-        monkeypatch.setattr(_parts, "ROWS", 8)
+        monkeypatch.setattr(_parts, "ROWS", 7)
         monkeypatch.setattr(_parts, "FEW", 0)
         monkeypatch.setattr(_parts, "BYTES", 8 * 72 * 8 * 3)
     _KEPT.clear()  # what it has was cut otherwise

@@ -1,0 +1,125 @@
+"""Which operation computes a call: a framework's own kernel where that is better, or tiles."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from ._calculus import RESULTS, Forward
+from ._native import Native
+from ._parts import Parts, beats_tiles, parts_of
+from ._plain import plain
+from ._problem import TOKENS
+from ._request import Request
+from ._spec import Spec
+from .masks import Causal, Dense, Lengths, Segments, Window
+
+_FORWARD = Forward(RESULTS[:1]), Forward(RESULTS)  # one object each: it is a key of compilations
+
+
+def operation(
+    request: Request,
+    implementation: str,
+    *,
+    return_lse: bool,
+    reports: bool = False,
+    learns: bool = False,
+) -> tuple[Any, str]:
+    """Return what computes `request`, a kernel or this library's algorithm, and why.
+
+    `reports` says whether progress is reported, which no kernel does; `learns` that the gradient of
+    a bias may be asked for, beside what the arrays tell.
+    """
+    if implementation not in ("auto", "native"):
+        return _tiles(request, return_lse), f"implementation={implementation!r}"
+    kernel, better, parts, why = _kernel(request, learns)
+    if kernel is not None and reports:
+        kernel, why = None, "no kernel reports progress"
+    exact = kernel is not None and kernel.exact
+    if parts is not None:
+        exact = request.spec.dtype != request.spec.compute
+    if implementation == "native" and kernel is None:
+        raise NotImplementedError(f"implementation='native': {why}; 'chunked' computes the same")
+    if implementation == "auto":
+        if kernel is not None and request.chunks_given:
+            better, why = False, "chunk sizes are given"
+        elif kernel is not None and exact and return_lse:
+            better, why = False, "gradients with lse are the tiles', which hold more beside copies"
+        if kernel is None or not better:
+            return _tiles(request, return_lse), why
+    causal = parts is None and bool(_causal(request.spec, request.data))
+    found = _native(kernel, causal, request.data["scale"], return_lse, exact, parts)
+    return found, f"{kernel}: {why}"
+
+
+@lru_cache
+def _native(*args: Any) -> Native:
+    return Native(*args)
+
+
+def _tiles(request: Request, return_lse: bool) -> Forward:
+    """Return the algorithm; a traced call may be differentiated, and then needs all results."""
+    return _FORWARD[return_lse or request.xp.traced(request.inputs)]
+
+
+def _kernel(request: Request, learns: bool) -> tuple[Any, bool, Parts | None, str]:
+    """Return the kernel for a request or None, whether it is better than tiles, and why.
+
+    The third is how the call is cut for it, where that is called for parts.
+    """
+    xp, spec, data, inputs = request.xp, request.spec, request.data, request.inputs
+    if (why := xp.no_kernel(inputs)) is not None:  # spare the look at the call
+        return None, False, None, why
+    if "bias" in inputs and (learns or xp.watched(inputs["bias"])):
+        return None, False, None, "no kernel has the gradient of a bias"
+    if "lacking" not in request.known:
+        request.known["lacking"] = _lacking(request)
+    if (why := request.known["lacking"]) is not None:
+        return None, False, None, why
+    causal = _causal(spec, data)
+    adds = causal is None or "bias" in inputs
+    call = plain(xp, spec, inputs, not adds and causal is True, data["scale"])
+    kernel, better, why = xp.kernel(call, adds)
+    if kernel is None or not adds:
+        return kernel, better, None, why
+    if "parts" not in request.known:
+        request.known["parts"] = parts_of(request)
+    parts = request.known["parts"]
+    if parts is None:
+        return None, False, None, "the smallest array that is added to scores would be large"
+    if not beats_tiles(request, parts):
+        better, why = False, "tiles spare the masks of many keys"
+    return kernel, better, parts, why
+
+
+_MASKS = frozenset({Causal, Dense, Lengths, Segments, Window})
+
+
+def _lacking(request: Request) -> str | None:
+    """Return why no kernel can do a call; None where one may."""
+    xp, spec, inputs = request.xp, request.spec, request.inputs
+    batches = [tuple(inputs[name].shape[:-3]) for name in TOKENS]
+    wide = spec.compute == (xp.float64 if spec.dtype == xp.float64 else xp.float32)
+    reasons = {
+        "no kernel has sinks": "sinks" in inputs,
+        "no kernel has a softcap": spec.softcap is not None,
+        "no kernel has a score_mod": spec.score_mod is not None,
+        "no kernel drops the weights that dropout_seed says": bool(spec.dropout),
+        "no kernel calls a mask of the caller's own": not _MASKS.issuperset(map(type, spec.masks)),
+        "the scale is an array": "scale" in inputs,
+        "kernels do not choose their compute_dtype": not wide,
+        "there is nothing to compute": 0 in (*spec.lead, spec.n_q, spec.n_k, spec.d_v),
+        "the batch axes have to be broadcast": batches.count(batches[0]) < len(batches),
+    }
+    return next((why for why, holds in reasons.items() if holds), None)
+
+
+def _causal(spec: Spec, data: dict[str, Any]) -> bool | None:
+    """Return whether a kernel's causal mask is wanted; None where other masks are."""
+    if not spec.masks:
+        return False
+    if any(type(m) is not Causal for m in spec.masks):
+        return None
+    offset, start = data["query_offset"], data["key_offset"]
+    aligned = isinstance(offset, int) and isinstance(start, int) and offset == start
+    return True if aligned and spec.n_q == spec.n_k else None
