@@ -184,22 +184,21 @@ def _of_parts(parts: Parts, algorithm: Native, counted: Counted, training: bool)
     pairs = [name for axis, name in sizes.items() if axis in parts.axes]
     masks = sum(mask.tile_arrays for mask in counted.masks) + (len(counted.masks) > 1)
     added = int(bool(counted.masks)) * (1 + counted.has_bias)
-    wide, several = int(counted.widens), int(spec.blocks > 1 or rows < spec.n_q or counted.widens)
+    wide, several = int(counted.widens), int(not parts.one)
     exact, gradients = int(training and algorithm.exact), int(training)
     *batch, heads = spec.schedule.block
     entries = prod(batch)
     shapes = (entries, heads * spec.group, rows, spec.d_v), (entries, heads, parts.keys, counted.d)
-    gradient = part.term("gradient of queries of a part", gradients, *queries, "d")
     positions = part.term("positions", int(masks > 0), "key_chunk", number=8)
     of_part = [
-        part.term("out of a part", several, *queries, "d_v"),
-        part.term("gradients of a part", 2 * gradients, *keys, "d"),
-        gradient,
+        part.term("out of a part", max(several, wide), *queries, "d_v"),
+        part.term("gradients of a part", gradients * several, *queries, "d"),
+        part.term("gradients of a part", 2 * gradients * several, *keys, "d"),
     ]
     found = [
         part.term("added to scores", parts.arrays, added, *pairs),
         positions,
-        part.term("queries, scaled", *queries, "d"),
+        part.term("queries, widened", wide, *queries, "d"),
         part.term("keys and values, widened", 2 * wide, *keys, "d"),
         part.term("gradients, not rounded", gradients * wide, "all_heads", "n_q", "d"),
         part.term("gradients, not rounded", 2 * gradients * wide, "all_key_heads", "n_k", "d"),
@@ -211,7 +210,6 @@ def _of_parts(parts: Parts, algorithm: Native, counted: Counted, training: bool)
                 positions,
             ],
             [*of_part, *starmap(Term, algorithm.kernel.scratch(*shapes, number, training))],
-            [*of_part, replace(gradient, name="gradient of queries, scaled")],
         ),
     ]
     return [term for term in found if term.bytes]

@@ -89,7 +89,8 @@ class Native(Operation):
         if self.parts is None:
             found = self._whole(xp, spec, inputs)
         else:
-            found = _parts.forward(xp, self.parts, self.kernel, data | inputs, self.outputs)
+            blind, arrays = self.return_lse, data | inputs
+            found = _parts.forward(xp, self.parts, self.kernel, arrays, self.outputs, blind=blind)
 
         def tiles() -> Arrays:
             return chunked(xp, spec, data | inputs, self.outputs)

@@ -7,6 +7,7 @@ see: there are no summaries to merge.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import prod
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from ._array_masks import axes_of_pairs
 from ._calculus import RESULTS
 from ._loops import seen
-from ._plain import Plain
+from ._plain import Plain, like
 from ._problem import Problem, heads_first, to_heads, with_arrays
 from ._request import Request
 from ._spec import Cut, Schedule, Spec, block_within
@@ -51,6 +52,8 @@ class Parts:
         The pairs of the largest part.
     keys : int
         How many keys `ROWS` queries see at most, as far as that is known.
+    one : bool
+        Whether it is known that there is one part.
     """
 
     spec: Spec
@@ -58,6 +61,7 @@ class Parts:
     arrays: int
     pairs: int
     keys: int
+    one: bool
 
 
 def parts_of(request: Request) -> Parts | None:
@@ -71,18 +75,20 @@ def parts_of(request: Request) -> Parts | None:
     room = limit = 8 * BYTES // request.xp.finfo(spec.compute).bits  # in numbers
     if spec.dtype != spec.compute:
         room = limit // (2 * spec.n_k * max(request.inputs["query"].shape[-1], spec.d_v))
-    one = prod(n for axis, n in (("q", min(spec.n_q, ROWS)), ("k", spec.n_k)) if axis in axes)
+    least = prod(n for axis, n in (("q", min(spec.n_q, ROWS)), ("k", spec.n_k)) if axis in axes)
     if "h" in axes:
-        room = min(room, limit // (spec.group * one))
+        room = min(room, limit // (spec.group * least))
     elif "b" in axes:
-        room = min(room, limit // one * spec.key_heads)
-    if not room or one > limit:
+        room = min(room, limit // least * spec.key_heads)
+    if not room or least > limit:
         return None
     block = block_within(spec.lead, room)
     arrays = spec.group * prod(block) if "h" in axes else prod(block[:-1]) if "b" in axes else 1
-    pairs = limit // arrays if {"q", "k"} <= {*axes} else spec.n_q * spec.n_k
+    whole = spec.n_q * spec.n_k
+    pairs = limit // arrays if {"q", "k"} <= {*axes} else whole
     cut = replace(spec, schedule=Schedule(ROWS, ROWS, block))
-    return Parts(cut, axes, arrays, pairs, keys)
+    one = cut.blocks == 1 and whole <= (pairs if not masks else FEW)
+    return Parts(cut, axes, arrays, pairs, keys, one)
 
 
 def _axes(request: Request, masks: tuple[Mask, ...]) -> str:
@@ -104,50 +110,77 @@ def beats_tiles(request: Request, parts: Parts) -> bool:
     return parts.keys <= (PAIRS if pairs else RUNS)
 
 
-def forward(xp: Any, parts: Parts, kernel: Any, arrays: dict[str, Any], names: Names) -> Arrays:
-    """Return the results of these `names`, as `chunked` does, but for "low"."""
-    problem = Problem(xp, parts.spec, arrays)
-    runs = _runs(problem, parts.pairs)
-    outputs = problem.outputs(names, one=len(runs) == 1)
-    for run in runs:
-        outputs = _attend(run.tile(problem), kernel, outputs)
+def forward(
+    xp: Any, parts: Parts, kernel: Any, arrays: dict[str, Any], names: Names, *, blind: bool
+) -> Arrays:
+    """Return the results of these `names`, as `chunked` does, but for "low".
+
+    Where a query sees nothing, `lse` is the kernel's, which is finite, unless `blind`.
+    """
+    problem = _unscaled(xp, parts, arrays)
+    outputs = problem.outputs(names, one=parts.one)
+    asked = tuple(name for name in RESULTS if name in names)
+    for tile in _tiles(problem, parts):
+        outputs = tile.rows.written(outputs, _results(tile, kernel, arrays["scale"], asked, blind))
     return problem.results(outputs)
 
 
-def _attend(tile: Tile, kernel: Any, outputs: Arrays) -> Arrays:
-    """Write the results of one part into `outputs`."""
-    rows, xp, added = tile.rows, tile.xp, _added(tile)
-    out, lse = kernel.forward(_call(tile, added), tuple(x for x in RESULTS if x in outputs))
-    results = {"out": _of_rows(rows, out)}
-    results["exact"] = results["out"]
-    if lse is not None:  # the kernel has no -inf
-        lse, none = _of_rows(rows, lse), -float("inf")
-        blind = xp.max(added, axis=-1, keepdims=True) == none
-        results["lse"] = xp.where(blind, xp.new(lse, (), none, lse.dtype), lse)
-    return rows.written(outputs, results)
+def _results(tile: Tile, kernel: Any, scale: float, asked: Names, blind: bool) -> Arrays:
+    """Return the results of the queries of one part."""
+    rows, xp, call = tile.rows, tile.xp, _call(tile, scale)
+    out, lse = kernel.forward(call, asked)
+    found = dict.fromkeys(("out", "exact"), _of_rows(rows, out))
+    if lse is not None:
+        if blind:
+            none = xp.new(lse, (), -float("inf"), lse.dtype)
+            lse = xp.where(xp.max(call.added, axis=-1) == none, none, lse)
+        found["lse"] = _of_rows(rows, lse)
+    return found
 
 
 def backward(xp: Any, parts: Parts, kernel: Any, arrays: dict[str, Any], wanted: Names) -> Arrays:
-    """Return the gradients of query, key and value that are `wanted`, from that of `out`."""
-    problem = Problem(xp, parts.spec, arrays)
-    out, lse = to_heads(xp, parts.spec, arrays["out"], arrays["lse"])
+    """Return the gradients of query, key and value that are `wanted`, from that of `out`.
+
+    `lse` is that of `forward`, where it is not `blind`.
+    """
+    problem = _unscaled(xp, parts, arrays)
     d_out = heads_first(xp, parts.spec, arrays["d_out"])
-    sums = {name: problem.zeros(name) for name in wanted}
-    for run in _runs(problem, parts.pairs):
-        sums = _differentiate(run.tile(problem), kernel, (out, lse, d_out), sums)
-    return {name: problem.gradient(name, x) for name, x in sums.items()}
+    results = (*to_heads(xp, parts.spec, arrays["out"], arrays["lse"]), d_out)
+    tiles = _tiles(problem, parts)
+    if parts.one:
+        sums = _gradients(next(tiles), kernel, arrays["scale"], results)
+    else:
+        sums = {name: problem.zeros(name) for name in wanted}
+        for tile in tiles:  # a part's gradients are gone before the next part's come
+            sums = _added_to(sums, tile, _gradients(tile, kernel, arrays["scale"], results))
+    return {name: problem.gradient(name, sums[name]) for name in wanted}
 
 
-def _differentiate(tile: Tile, kernel: Any, results: tuple[Array, ...], sums: Sums) -> Sums:
-    """Return `sums` with the gradients that one part brings."""
-    rows, xp, call = tile.rows, tile.xp, _call(tile, _added(tile))
-    out, lse, d_out = map(rows.read, results)
-    lse = xp.where(lse == -float("inf"), xp.zeros_like(lse), lse)  # so that exp(-inf - lse) is 0
+def _added_to(sums: Sums, tile: Tile, found: Arrays) -> Sums:
+    """Return `sums` with the gradients of one part."""
+    sums = add_rows(tile.rows, sums, "query", found["query"])
+    for name in ("key", "value"):
+        sums = add_part(tile, sums, name, found[name])
+    return sums
+
+
+def _unscaled(xp: Any, parts: Parts, arrays: dict[str, Any]) -> Problem:
+    """Return the problem without a scale, which is a kernel's argument."""
+    return Problem(xp, parts.spec, arrays | {"scale": None})
+
+
+def _gradients(tile: Tile, kernel: Any, scale: float, results: tuple[Array, ...]) -> Arrays:
+    """Return the gradients that one part brings, from its `out`, `lse` and the gradient of `out`."""
+    rows, xp, call = tile.rows, tile.xp, _call(tile, scale)
     shape = tuple(call.query.shape[:-1])
-    out, d_out = (xp.reshape(x, (*shape, x.shape[-1])) for x in (out, d_out))
-    query, key, value = kernel.backward(call, out, xp.reshape(lse, shape), d_out)
-    sums = add_rows(rows, sums, "query", _of_rows(rows, query) * rows.problem.scale)
-    return add_part(tile, add_part(tile, sums, "key", key), "value", value)
+    out, lse, d_out = (like(xp, rows.read(x), (*shape, x.shape[-1])) for x in results)
+    query, key, value = kernel.backward(call, out, lse[..., 0], d_out)
+    of_keys = (*(count for _, count in rows.block), tile.size)
+    return {
+        "query": _of_rows(rows, query),
+        "key": like(xp, key, (*of_keys, key.shape[-1])),
+        "value": like(xp, value, (*of_keys, value.shape[-1])),
+    }
 
 
 class _Run(NamedTuple):
@@ -182,24 +215,26 @@ class _Run(NamedTuple):
         pairs = self.pairs + other.pairs
         return _Run(self.block, self.row, self.size + other.size, start, stop, pairs)
 
-    def tile(self, problem: Problem) -> Tile:
-        """Return the part."""
-        rows = Rows(problem, self.block, self.row, self.size)
-        return Tile(rows, self.start, self.stop - self.start, True)
+
+def _tiles(problem: Problem, parts: Parts) -> Iterator[Tile]:
+    """Yield the parts."""
+    for run in _runs(problem, parts):
+        rows = Rows(problem, run.block, run.row, run.size)
+        yield Tile(rows, run.start, run.stop - run.start, True)
 
 
-def _runs(problem: Problem, most: int) -> list[_Run]:
-    """Return all runs; neighbours are joined while they have at most so many pairs."""
+def _runs(problem: Problem, parts: Parts) -> list[_Run]:
+    """Return all runs; neighbours are joined while that wastes little, and they are not too many."""
     spec, found = problem.spec, []
     for block in map(spec.block, range(spec.blocks)):
-        if spec.n_q * spec.n_k <= FEW:
+        if parts.one or spec.n_q * spec.n_k <= FEW:
             found.append(_Run(block, 0, spec.n_q, 0, spec.n_k, spec.n_q * spec.n_k))
             continue
         for row in range(0, spec.n_q, ROWS):
             run = _Run.of(Span(problem, block, row, min(ROWS, spec.n_q - row)))
             if row:
                 joined = found[-1].joined(run)
-                if joined.computed <= min(most, WASTE * joined.pairs):
+                if joined.computed <= min(parts.pairs, WASTE * joined.pairs):
                     found[-1] = joined
                     continue
             found.append(run)
@@ -220,13 +255,13 @@ def _added(tile: Tile) -> Array:
     return problem.aligned(added)
 
 
-def _call(tile: Tile, added: Array) -> Plain:
+def _call(tile: Tile, scale: float) -> Plain:
     """Return a part in the terms of kernels.
 
     Where there is one query, those of the heads that share a head of keys are as good as queries of
     one head.
     """
-    rows, xp = tile.rows, tile.xp
+    rows, xp, added = tile.rows, tile.xp, _added(tile)
     *batch, heads, n = rows.lead
     entries, key_heads = prod(batch), heads // rows.problem.spec.group
     if n == 1:
@@ -237,13 +272,13 @@ def _call(tile: Tile, added: Array) -> Plain:
         lead = [entries]
     if q == 1 and of_heads > heads:
         of_heads, q = heads, n
-    query = xp.reshape(rows.query, (entries, heads, n, rows.query.shape[-1]))
+    query = like(xp, rows.query, (entries, heads, n, rows.query.shape[-1]))
     key, value = (
-        xp.reshape(x, (entries, key_heads, *x.shape[-2:])) for x in (tile.key, tile.value)
+        like(xp, x, (entries, key_heads, *x.shape[-2:])) for x in (tile.key, tile.value)
     )
-    return Plain(query, key, value, False, 1.0, xp.reshape(added, (prod(lead), of_heads, q, k)))
+    return Plain(query, key, value, False, scale, like(xp, added, (prod(lead), of_heads, q, k)))
 
 
 def _of_rows(rows: Rows, x: Array) -> Array:
     """Return what a kernel found for each query as (…, h, size, width)."""
-    return rows.xp.reshape(x, (*rows.lead, x.shape[-1] if x.ndim == 4 else 1))
+    return like(rows.xp, x, (*rows.lead, x.shape[-1] if x.ndim == 4 else 1))

@@ -56,7 +56,8 @@ def with_arrays(masks: tuple[Mask, ...], data: dict[str, Any]) -> tuple[Mask, ..
 class Problem:
     """A call's arrays as views of shape ``(*batch, heads, n, d)``, and its masks whole again.
 
-    Scores are `bounded` where they are known to be small, so that no maximum is looked for.
+    Scores are `bounded` where they are known to be small, so that no maximum is looked for.  There
+    is no scale, None, where something else multiplies by it.
     """
 
     def __init__(self, xp: Any, spec: Spec, arrays: dict[str, Any], bounded: bool = False) -> None:

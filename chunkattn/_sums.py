@@ -54,17 +54,14 @@ def add_keys(tile: Tile, sums: Sums, name: str, weights: Array, x: Array) -> Sum
     """Add ``weightsᵀ @ x`` to the gradient of an array over the keys."""
     if name not in sums:
         return sums
-    value = tile.xp.matmul(tile.xp.matrix_transpose(weights), x)
-    return _add(tile.rows, sums, name, value, tile.rows.block, tile.start)
+    return add_part(tile, sums, name, tile.xp.matmul(tile.xp.matrix_transpose(weights), x))
 
 
 def add_part(tile: Tile, sums: Sums, name: str, value: Array) -> Sums:
-    """Add to the gradient of an array over the keys a `value` of as many numbers as the tile's."""
+    """Add to the gradient of an array over the keys a `value` of (…, h_k, keys, width)."""
     if name not in sums:
         return sums
-    rows = tile.rows
-    shape = (*(count for _, count in rows.block), tile.size, value.shape[-1])
-    return _add(rows, sums, name, tile.xp.reshape(value, shape), rows.block, tile.start)
+    return _add(tile.rows, sums, name, value, tile.rows.block, tile.start)
 
 
 def add_bias(tile: Tile, sums: Sums, value: Array) -> Sums:
