@@ -16,11 +16,12 @@ Array = Any
 def common_dtype(xp: Any, tokens: dict[str, Array]) -> Any:
     """Return the floating dtype that query, key and value share."""
     allowed = xp.floats
-    for name, x in tokens.items():
-        if not any(x.dtype == dtype for dtype in allowed.values()):
-            raise TypeError(f"{name} must be one of {', '.join(allowed)}; got {x.dtype}")
-    dtype = tokens["query"].dtype
-    if any(x.dtype != dtype for x in tokens.values()):
+    dtypes = [x.dtype for x in tokens.values()]
+    for name, dtype in zip(tokens, dtypes, strict=True):
+        if dtype not in allowed.values():
+            raise TypeError(f"{name} must be one of {', '.join(allowed)}; got {dtype}")
+    dtype = dtypes[0]
+    if dtypes.count(dtype) < len(dtypes):
         told = ", ".join(f"{name} {x.dtype}" for name, x in tokens.items())
         raise TypeError(f"query, key and value must have one dtype; got {told}")
     return dtype

@@ -34,15 +34,17 @@ def chunked(
     `done` is called after each chunk of queries.
     """
 
-    def results(bounded: bool) -> dict[str, Array]:
-        problem = Problem(xp, spec, arrays, bounded)
+    def results(problem: Problem) -> dict[str, Array]:
         return problem.results(over_queries(problem, _attend_queries, problem.outputs(names), done))
+
+    def given(bounded: bool) -> dict[str, Array]:
+        return results(Problem(xp, spec, arrays, bounded))
 
     problem = Problem(xp, spec, arrays)
     if not may_be_bounded(problem, names):
-        return results(bounded=False)
+        return results(problem)
     either: dict[str, Array] = xp.when(
-        is_unbounded(problem), partial(results, bounded=False), partial(results, bounded=True)
+        is_unbounded(problem), partial(given, bounded=False), partial(given, bounded=True)
     )
     return either
 

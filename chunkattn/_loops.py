@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
 
-from ._mask import Range
+from ._mask import Mask, Range
 from ._problem import Problem
 from ._tiles import Rows, Span, Tile
 
@@ -113,10 +113,10 @@ def _spans(rows: Rows, size: int, first: int, count: int) -> list[tuple[Index, I
     return [(start, whole, True), (whole, ragged, False), (ragged, stop, True)]
 
 
-def seen(rows: Span) -> tuple[Index, Index]:
-    """Return the first key that some query of `rows` may see, and the one after the last."""
+def seen(rows: Span, masks: tuple[Mask, ...]) -> tuple[Index, Index]:
+    """Return the first key that `masks` may show some query of `rows`, and that after the last."""
     xp, n_k = rows.xp, rows.n_k
-    low, high = _common(xp, [mask.key_range(rows) for mask in rows.problem.masks])
+    low, high = _common(xp, [mask.key_range(rows) for mask in masks])
     start = 0 if low is None else xp.smaller(xp.larger(low - rows.key_offset, 0), n_k)
     stop = n_k if high is None else xp.smaller(xp.larger(high - rows.key_offset, start), n_k)
     return start, stop

@@ -11,7 +11,7 @@ from typing import Any
 
 from ._calculus import RESULTS
 from ._native import Native
-from ._parts import ROWS, Parts
+from ._parts import Parts
 from ._problem import with_arrays
 from ._request import Request, make_request
 from ._spec import SMALLEST
@@ -176,7 +176,9 @@ def _of_kernel(request: Request, algorithm: Native, counted: Counted, training: 
 def _of_parts(parts: Parts, algorithm: Native, counted: Counted, training: bool) -> list[Term]:
     """Return what a kernel holds that is called for parts of a call."""
     spec, number = parts.spec, counted.number
-    rows = min(spec.n_q, max(ROWS, parts.pairs // spec.n_k if parts.keys == spec.n_k else 0))
+    rows = spec.schedule.query_chunk
+    if parts.keys == spec.n_k:
+        rows = min(spec.n_q, max(rows, parts.pairs // spec.n_k))
     size = replace(spec.schedule, query_chunk=rows, key_chunk=parts.keys)
     part = replace(counted, spec=replace(spec, schedule=size), threads=1)
     queries, keys = ("heads", "query_chunk"), ("key_heads", "key_chunk")
@@ -188,7 +190,8 @@ def _of_parts(parts: Parts, algorithm: Native, counted: Counted, training: bool)
     exact, gradients = int(training and algorithm.exact), int(training)
     *batch, heads = spec.schedule.block
     entries = prod(batch)
-    shapes = (entries, heads * spec.group, rows, spec.d_v), (entries, heads, parts.keys, counted.d)
+    of_rows = (entries, heads * spec.group // parts.folded, parts.folded * rows, spec.d_v)
+    shapes = of_rows, (entries, heads, parts.keys, counted.d)
     positions = part.term("positions", int(masks > 0), "key_chunk", number=8)
     of_part = [
         part.term("out of a part", max(several, wide), *queries, "d_v"),
@@ -197,6 +200,7 @@ def _of_parts(parts: Parts, algorithm: Native, counted: Counted, training: bool)
     ]
     found = [
         part.term("added to scores", parts.arrays, added, *pairs),
+        part.term("added to scores of heads", parts.arrays, parts.copies, *pairs),
         positions,
         part.term("queries, widened", wide, *queries, "d"),
         part.term("keys and values, widened", 2 * wide, *keys, "d"),

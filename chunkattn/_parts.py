@@ -31,7 +31,8 @@ Names = tuple[str, ...]
 
 BYTES = 2**24  # of what is added to the scores of a part, and of its keys in the compute dtype
 ROWS = 256  # queries whose keys are looked for together
-FEW = (2 * ROWS) ** 2  # pairs of a block for which that would take longer than it spares
+SHORT = 64  # queries of all heads that share a head of keys, up to which they are one head's
+FEW = 2**20  # scores for which that would take longer than it spares
 RUNS, PAIRS = 2048, 8192  # keys of a part up to which it takes less time than tiles
 WASTE = 9 / 8  # neighbours are one part where that computes at most so many times their scores
 
@@ -48,6 +49,10 @@ class Parts:
         Those of what is added to the scores: batch, heads, queries, keys.
     arrays : int
         How many arrays of pairs that is for a block.
+    folded : int
+        How many heads a head has the queries of.
+    copies : int
+        How often what is added is copied for that.
     pairs : int
         The pairs of the largest part.
     keys : int
@@ -59,6 +64,8 @@ class Parts:
     spec: Spec
     axes: str
     arrays: int
+    folded: int
+    copies: int
     pairs: int
     keys: int
     one: bool
@@ -69,13 +76,21 @@ def parts_of(request: Request) -> Parts | None:
     spec, keys = request.spec, request.spec.n_k
     masks = with_arrays(spec.masks, request.data)
     axes = _axes(request, masks)
+    whole = spec.n_q * keys
+    few = _are_few(spec)
+    height = spec.n_q if few else min(spec.n_q, ROWS)
     for mask in masks:
         if isinstance(mask, Window) and mask.left is not None and mask.right is not None:
-            keys = min(keys, mask.left + ROWS + mask.right)
+            keys = min(keys, mask.left + height + mask.right)
+    by_key = "h" in axes and "q" not in axes
+    folds = spec.n_q == 1 or (spec.group * spec.n_q <= SHORT and not by_key)
+    folded = spec.group if folds else 1
+    copies = folded if folded > 1 and spec.n_q > 1 and "q" in axes and "h" not in axes else 0
     room = limit = 8 * BYTES // request.xp.finfo(spec.compute).bits  # in numbers
     if spec.dtype != spec.compute:
         room = limit // (2 * spec.n_k * max(request.inputs["query"].shape[-1], spec.d_v))
-    least = prod(n for axis, n in (("q", min(spec.n_q, ROWS)), ("k", spec.n_k)) if axis in axes)
+    least = prod(n for axis, n in (("q", height), ("k", spec.n_k)) if axis in axes)
+    least *= 1 + copies
     if "h" in axes:
         room = min(room, limit // (spec.group * least))
     elif "b" in axes:
@@ -84,11 +99,18 @@ def parts_of(request: Request) -> Parts | None:
         return None
     block = block_within(spec.lead, room)
     arrays = spec.group * prod(block) if "h" in axes else prod(block[:-1]) if "b" in axes else 1
-    whole = spec.n_q * spec.n_k
-    pairs = limit // arrays if {"q", "k"} <= {*axes} else whole
-    cut = replace(spec, schedule=Schedule(ROWS, ROWS, block))
-    one = cut.blocks == 1 and whole <= (pairs if not masks else FEW)
-    return Parts(cut, axes, arrays, pairs, keys, one)
+    pairs = limit // (arrays * (1 + copies)) if {"q", "k"} <= {*axes} else whole
+    cut = replace(spec, schedule=Schedule(height, ROWS, block))
+    one = few and spec.n_k <= 2 * ROWS if masks else whole <= pairs
+    return Parts(cut, axes, arrays, folded, copies, pairs, keys, one and cut.blocks == 1)
+
+
+def _are_few(spec: Spec) -> bool:
+    """Whether so few scores are computed that masks are not asked which keys they show.
+
+    Kernels take as long for one query as for some.
+    """
+    return prod(spec.batch) * spec.heads * max(spec.n_q, 16) * spec.n_k <= FEW
 
 
 def _axes(request: Request, masks: tuple[Mask, ...]) -> str:
@@ -104,10 +126,12 @@ def _axes(request: Request, masks: tuple[Mask, ...]) -> str:
 def beats_tiles(request: Request, parts: Parts) -> bool:
     """Whether parts take less time than tiles, which leave masks out where all keys are seen.
 
-    They do so for more keys where a mask or a bias is an array of pairs: tiles are masked too then.
+    They do so for few queries, of which tiles make little; and for more keys where a mask or a bias
+    is an array of pairs: tiles are masked too then.
     """
-    pairs = "bias" in request.inputs or any(isinstance(m, Dense) for m in request.spec.masks)
-    return parts.keys <= (PAIRS if pairs else RUNS)
+    spec = request.spec
+    pairs = "bias" in request.inputs or any(isinstance(m, Dense) for m in spec.masks)
+    return spec.group * spec.n_q <= SHORT // 2 or parts.keys <= (PAIRS if pairs else RUNS)
 
 
 def forward(
@@ -170,7 +194,7 @@ def _unscaled(xp: Any, parts: Parts, arrays: dict[str, Any]) -> Problem:
 
 
 def _gradients(tile: Tile, kernel: Any, scale: float, results: tuple[Array, ...]) -> Arrays:
-    """Return the gradients that one part brings, from its `out`, `lse` and the gradient of `out`."""
+    """Return the gradients of one part, from its `out`, `lse` and the gradient of `out`."""
     rows, xp, call = tile.rows, tile.xp, _call(tile, scale)
     shape = tuple(call.query.shape[:-1])
     out, lse, d_out = (like(xp, rows.read(x), (*shape, x.shape[-1])) for x in results)
@@ -197,9 +221,9 @@ class _Run(NamedTuple):
     pairs: int
 
     @classmethod
-    def of(cls, span: Span) -> _Run:
-        """Return the run of one span, with one key at least, which the masks hide."""
-        start, stop = seen(span)
+    def of(cls, span: Span, masks: tuple[Mask, ...]) -> _Run:
+        """Return the run of one span, with one key at least, which the `masks` hide."""
+        start, stop = seen(span, masks)
         start = min(start, span.n_k - 1)
         stop = max(stop, start + 1)
         return cls(span.block, span.start, span.size, start, stop, span.size * (stop - start))
@@ -224,14 +248,17 @@ def _tiles(problem: Problem, parts: Parts) -> Iterator[Tile]:
 
 
 def _runs(problem: Problem, parts: Parts) -> list[_Run]:
-    """Return all runs; neighbours are joined while that wastes little, and they are not too many."""
-    spec, found = problem.spec, []
+    """Return all runs; neighbours are joined where that wastes little, and is not too much."""
+    spec, masks = problem.spec, problem.masks
+    found: list[_Run] = []
+    if parts.one:
+        masks = ()
+    elif _are_few(spec):
+        masks = tuple(mask for mask in masks if mask.positional)
+    height = spec.n_q if parts.one else spec.schedule.query_chunk
     for block in map(spec.block, range(spec.blocks)):
-        if parts.one or spec.n_q * spec.n_k <= FEW:
-            found.append(_Run(block, 0, spec.n_q, 0, spec.n_k, spec.n_q * spec.n_k))
-            continue
-        for row in range(0, spec.n_q, ROWS):
-            run = _Run.of(Span(problem, block, row, min(ROWS, spec.n_q - row)))
+        for row in range(0, spec.n_q, height):
+            run = _Run.of(Span(problem, block, row, min(height, spec.n_q - row)), masks)
             if row:
                 joined = found[-1].joined(run)
                 if joined.computed <= min(parts.pairs, WASTE * joined.pairs):
@@ -258,24 +285,26 @@ def _added(tile: Tile) -> Array:
 def _call(tile: Tile, scale: float) -> Plain:
     """Return a part in the terms of kernels.
 
-    Where there is one query, those of the heads that share a head of keys are as good as queries of
-    one head.
+    Few queries of the heads that share a head of keys are given as queries of one head, so that the
+    keys are read once.
     """
     rows, xp, added = tile.rows, tile.xp, _added(tile)
     *batch, heads, n = rows.lead
-    entries, key_heads = prod(batch), heads // rows.problem.spec.group
-    if n == 1:
-        heads, n = key_heads, heads // key_heads
+    entries, group = prod(batch), rows.problem.spec.group
+    key_heads = heads // group
     *lead, of_heads, q, k = added.shape
     if prod(lead) > 1:
         added = xp.broadcast_to(added, (*batch, of_heads, q, k))
         lead = [entries]
-    if q == 1 and of_heads > heads:
-        of_heads, q = heads, n
+    if group > 1 and (n == 1 or (group * n <= SHORT and (q == n or of_heads == 1))):
+        if of_heads > 1:
+            of_heads, q = key_heads, group * n
+        elif q > 1:
+            added = xp.broadcast_to(added, (*added.shape[:-3], group, n, k))
+            q = group * n
+        heads, n = key_heads, group * n
     query = like(xp, rows.query, (entries, heads, n, rows.query.shape[-1]))
-    key, value = (
-        like(xp, x, (entries, key_heads, *x.shape[-2:])) for x in (tile.key, tile.value)
-    )
+    key, value = (like(xp, x, (entries, key_heads, *x.shape[-2:])) for x in (tile.key, tile.value))
     return Plain(query, key, value, False, scale, like(xp, added, (prod(lead), of_heads, q, k)))
 
 

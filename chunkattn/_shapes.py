@@ -66,40 +66,44 @@ class Shapes:
 
 def shapes_of(tokens: dict[str, Array], layout: str) -> Shapes:
     """Return the sizes that query, key and value agree on; refuse what does not fit."""
-    shapes = {name: tuple(x.shape) for name, x in tokens.items()}
-    told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-    ranks = {len(shape) for shape in shapes.values()}
+    q, k, v = (tuple(x.shape) for x in tokens.values())
+    ranks = {len(q), len(k), len(v)}
+
+    def got() -> str:
+        return "got " + ", ".join(f"{name} {tuple(x.shape)}" for name, x in tokens.items())
+
     if min(ranks) < 2 or (2 in ranks and len(ranks) > 1):
         raise ValueError(
             "query, key and value must all be (n, d), or all have a head axis, "
-            f"as (…, h, n, d) in layout 'hnd' and (…, n, h, d) in layout 'nhd'; got {told}"
+            f"as (…, h, n, d) in layout 'hnd' and (…, n, h, d) in layout 'nhd'; {got()}"
         )
     headless = ranks == {2}
     n, h = (-2, -3) if layout == "hnd" else (-3, -2)
     if headless:
-        shapes = {name: (1, *shape) for name, shape in shapes.items()}
+        q, k, v = (1, *q), (1, *k), (1, *v)
         n, h = -2, -3
-    q, k, v = shapes.values()
     if q[-1] != k[-1]:
-        raise ValueError(f"query and key must have the same width d (last axis); got {told}")
+        raise ValueError(f"query and key must have the same width d (last axis); {got()}")
     if k[n] != v[n] or k[h] != v[h]:
         raise ValueError(
-            f"key and value must have the same length n_k and the same number of heads; got {told}"
+            f"key and value must have the same length n_k and the same number of heads; {got()}"
             f" in layout {layout!r}"
         )
     if q[h] != k[h] and (k[h] == 0 or q[h] % k[h]):
         raise ValueError(
             f"the heads of query ({q[h]}) must be a multiple of those of key and value ({k[h]}); "
-            f"got {told} in layout {layout!r}"
+            f"{got()} in layout {layout!r}"
         )
-    batch = broadcast([shape[:-3] for shape in shapes.values()])
+    batch = broadcast([q[:-3], k[:-3], v[:-3]])
     if batch is None:
-        raise ValueError(f"the batch axes of query, key and value do not broadcast; got {told}")
+        raise ValueError(f"the batch axes of query, key and value do not broadcast; {got()}")
     return Shapes(batch, q[h], k[h], q[n], k[n], v[-1], headless)
 
 
 def broadcast(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
     """Return the shape that `shapes` broadcast to; None where they do not."""
+    if shapes.count(shapes[0]) == len(shapes):
+        return shapes[0]
     rank = max(map(len, shapes))
     columns = zip(*((1,) * (rank - len(shape)) + shape for shape in shapes), strict=True)
     sizes = [{n for n in column if n != 1} for column in columns]
@@ -108,7 +112,7 @@ def broadcast(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
 
 def is_float(xp: Any, x: Array) -> bool:
     """Whether `x` has one of the floating dtypes that attention takes."""
-    return any(x.dtype == dtype for dtype in xp.floats.values())
+    return x.dtype in xp.floats.values()
 
 
 def check_floats(

@@ -159,6 +159,7 @@ def _schedule(
 ) -> Schedule:
     """Choose for one pass, by a library's `sizes`; the `limits` are of masks, and `others`."""
     whole, even = sizes.batch == "whole", sizes.batch == "even"
+    lead, heads_of_one = shapes.lead, shapes.group
     rows, cols = sizes.rows, sizes.cols
     if limits and not sizes.shared:
         limits = [*limits, max(sizes.edge, shapes.n_k // 8)]  # of the keys, a small part
@@ -167,8 +168,8 @@ def _schedule(
         limits = [*limits, 2 * sizes.edge if few else sizes.edge]
     limits = limits + others
     if sizes.shared:
-        rows *= max(1, sizes.elements // (rows * cols * max(1, prod(shapes.lead))))
-    group = 1 if whole else max(1, shapes.group)  # below, with all heads
+        rows *= max(1, sizes.elements // (rows * cols * max(1, prod(lead))))
+    group = 1 if whole else max(1, heads_of_one)  # below, with all heads
     area, rows = rows * cols, max(1, rows // group)
     if limits:
         limit = max(sizes.least, min(limits))
@@ -182,10 +183,10 @@ def _schedule(
         max(1, min(shapes.n_q, query_chunk_size or rows)),
         max(1, min(shapes.n_k, key_chunk_size or cols)),
     )
-    budget = (sizes.elements if most is None else most) // shapes.group
-    entries = prod(shapes.lead) if whole else 1
-    floor = SMALLEST if most is not None else 64
+    budget = (sizes.elements if most is None else most) // heads_of_one
     if most is not None or whole:
+        entries = prod(lead) if whole else 1
+        floor = SMALLEST if most is not None else 64
         while entries * rows * cols > budget:
             fewer_rows = query_chunk_size is None and rows > floor
             fewer_cols = key_chunk_size is None and cols > floor
@@ -196,9 +197,9 @@ def _schedule(
             else:
                 break
     if whole:
-        return Schedule(rows, cols, tuple(max(1, n) for n in shapes.lead))
+        return Schedule(rows, cols, tuple(max(1, n) for n in lead))
     room = max(1, budget // (rows * cols))
-    return Schedule(rows, cols, block_within(shapes.lead, room, even))
+    return Schedule(rows, cols, block_within(lead, room, even))
 
 
 def block_within(lead: tuple[int, ...], room: int, even: bool = False) -> tuple[int, ...]:

@@ -70,9 +70,10 @@ class Case:
         self.n, self.h = chosen["n"], chosen["h"]
         self.rng = np.random.default_rng(0)
         h_k, dtype = chosen.get("h_k", self.h), chosen["dtype"]
-        shapes = [(self.h, chosen["d"]), (h_k, chosen["d"]), (h_k, chosen["d_v"])]
-        self.tokens = [lib.asarray(self.random(h, self.n, d), dtype) for h, d in shapes]
-        self.d_out = lib.asarray(self.random(self.h, self.n, chosen["d_v"]), dtype)
+        n_q, d, d_v = chosen.get("n_q", self.n), chosen["d"], chosen["d_v"]
+        shapes = [(self.h, n_q, d), (h_k, self.n, d), (h_k, self.n, d_v)]
+        self.tokens = [lib.asarray(self.random(*shape), dtype) for shape in shapes]
+        self.d_out = lib.asarray(self.random(self.h, n_q, d_v), dtype)
         self.fixed = {"implementation": chosen["implementation"], **chosen["tiles"]}
         self.made = KEYWORDS.get(name, lambda case: {})
         self.extras, self.replay = [], None

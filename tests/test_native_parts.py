@@ -86,6 +86,14 @@ CASES = {
     ),
     "one query": (((2,), (6, 2), 1, 72), lambda rng: {"mask": some(rng, 2, 1, 1, 72)}),
     "one query, by head": (((2,), (6, 2), 1, 72), lambda rng: {"mask": some(rng, 6, 1, 72)}),
+    "few queries": (((2,), (6, 2), 3, 72), lambda rng: {"mask": some(rng, 2, 1, 3, 72)}),
+    "few queries, by head": (((2,), (6, 2), 3, 72), lambda rng: {"mask": some(rng, 6, 3, 72)}),
+    "few queries, keys by head": (((2,), (6, 2), 3, 72), lambda rng: {"mask": some(rng, 6, 1, 72)}),
+    "few queries, keys": (((2,), (6, 2), 3, 72), lambda rng: {"bias": random(rng, 2, 1, 1, 72)}),
+    "few queries, window": (
+        ((2,), (6, 2), 3, 72),
+        lambda rng: {"mask": Window(30, 9), "query_offset": 40},
+    ),
     "one query, a bias": (((2,), (6, 2), 1, 72), lambda rng: {"bias": random(rng, 6, 1, 72)}),
     "two batch axes": (
         ((2, 3), (4, 2), 40, 72),
@@ -192,14 +200,43 @@ def test_the_choice_of_auto(rng, caplog, monkeypatch):
     assert tell(mask=array).startswith("native: ")
     assert tell(mask=Window(9, 0)) == "chunked: tiles spare the masks of many keys"
     monkeypatch.setattr(_parts, "ROWS", 16)
+    monkeypatch.setattr(_parts, "FEW", 0)
     _KEPT.clear()
     assert tell(mask=Window(9, 0)).startswith("native: ")
+    few = partial(choice, caplog, arrays[0][:, :16], *arrays[1:], mask=Window(None, 0))
+    assert few(query_offset=48).startswith("native: ")
     assert tell(mask=Window(9, None)) == "chunked: tiles spare the masks of many keys"
     monkeypatch.setattr(_parts, "BYTES", 1024)
     _KEPT.clear()
     told = "chunked: the smallest array that is added to scores would be large"
     assert tell(mask=array) == told
     _KEPT.clear()
+
+
+@pytest.mark.parametrize(
+    ("heads", "n_q", "n_k", "given", "shapes"),
+    [
+        ((4, 4), 1, 4096, {"mask": Window(99, 0), "query_offset": 2000}, {(4, 1, 100)}),
+        ((4, 2), 2, 4096, {"mask": Window(99, 0), "query_offset": 2000}, {(2, 4, 101)}),
+        ((4, 2), 40, 4096, {"mask": Window(99, 0), "query_offset": 2000}, {(4, 40, 139)}),
+        ((8, 2), 16, 512, {"mask": torch.arange(512) > 300}, {(2, 64, 512)}),
+        ((8, 8), 256, 4096, {"mask": torch.arange(4096) > 3000}, {(8, 256, 1095)}),
+        ((8, 8), 512, 1024, {"causal": True, "query_offset": 0}, {(8, 256, 256), (8, 256, 512)}),
+    ],
+)
+def test_what_the_kernel_sees(rng, monkeypatch, heads, n_q, n_k, given, shapes):
+    """Heads, queries and keys: no keys out of sight where a look takes less, few queries as one."""
+    calls = []
+
+    def kept(*args):
+        calls.append(_call(*args))
+        return calls[-1]
+
+    _call = _parts._call
+    monkeypatch.setattr(_parts, "_call", kept)
+    arrays = tokens(rng, ((), heads, n_q, n_k), torch.float32)
+    close(native(*arrays, **given), chunked(*arrays, **given), torch.float32)
+    assert {(*x.query.shape[1:3], x.key.shape[2]) for x in calls} == shapes
 
 
 def test_calls_of_equal_shapes(rng):

@@ -83,8 +83,26 @@ def test_prediction_of_parts_on_torch(case, dtype, training, monkeypatch):
     """By the allocator's record, where PyTorch's kernel is called for parts of a call."""
     pytest.importorskip("torch")
     shapes = {"n": 1024, "h": 8, "tiles": {}, "implementation": "native", "dtype": dtype}
+    check_parts(shapes, PARTS[case], training, monkeypatch)
+
+
+@MODES
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_prediction_of_few_queries_on_torch(name, training, monkeypatch):
+    """What is added to the scores is copied for heads that are read as one."""
+    pytest.importorskip("torch")
+    shapes = {"n_q": 8, "n": 16384, "h": 8, "h_k": 2, "tiles": {}, "implementation": "native"}
+
+    def given(case):
+        pairs = case.random(8, case.n)
+        return {name: case.array(pairs < 0.5 if name == "mask" else pairs)}
+
+    check_parts(shapes, given, training, monkeypatch)
+
+
+def check_parts(shapes, keywords, training, monkeypatch):
     monkeypatch.setitem(plans.SHAPES, "parts", shapes)
-    monkeypatch.setitem(plans.KEYWORDS, "parts", PARTS[case])
+    monkeypatch.setitem(plans.KEYWORDS, "parts", keywords)
     found = plans.Case(libraries.library("torch"), "parts", training)
     measured = found.measured()
     with memory.torch_threads(1):
