@@ -21,7 +21,7 @@ from ._checks import (
 )
 from ._shapes import Shapes, check_floats, is_float, shapes_of
 from ._spec import Spec, schedule
-from .masks import Causal, Dense, Mask, Predicate, Window
+from .masks import Causal, Dense, Lengths, Mask, Predicate, Segments, Window
 
 Array = Any
 
@@ -52,7 +52,7 @@ class Request:
         return found
 
 
-_PLAIN = frozenset({type(None), bool, int, float, str, Causal, Window})
+_PLAIN = frozenset({type(None), bool, int, float, str})
 _KEPT: dict[Any, Request] = {}  # by what they are made of, without their arrays
 _MOST = 256
 
@@ -60,23 +60,29 @@ _MOST = 256
 def make_request(query: Array, key: Array, value: Array, **given: Any) -> Request:
     """Check every argument of `attention` and put the call into its canonical form.
 
-    A call without functions, whose arrays are tokens, a mask and a bias, is checked once for its
-    shapes and keywords: small calls would take longer to check than to compute.
+    A call without functions, whose arrays are tokens, a bias, offsets and those of masks, is
+    checked once for its shapes and keywords: small calls would take longer to check than to
+    compute.
     """
-    arrays = {name: given[name] for name in ("mask", "bias") if is_array(given[name])}
-    rest = given | dict.fromkeys(arrays) if arrays else given
+    mask, rest = given["mask"], given
+    form, held = _taken_apart(mask)
+    arrays = {name: given[name] for name in _ARRAYS if is_array(given[name])}
+    if arrays or mask is not None:
+        rest = given | dict.fromkeys(("mask", *arrays))
     types = tuple(map(type, rest.values()))
-    if not _PLAIN.issuperset(types):
+    if form is _UNKNOWN or not _PLAIN.issuperset(types):
         return _checked(query, key, value, **given)
     tokens = {"query": query, "key": key, "value": value}
-    xp = common_adapter((tokens | arrays).items())
-    settings = [xp.setting(x) for x in (query, *arrays.values())]
+    more = [*arrays.items(), *(("mask", x) for mask in held for x in mask.values())]
+    xp = common_adapter([*tokens.items(), *more])
+    settings = [xp.setting(query), *(xp.setting(x) for _, x in more)]
     if None in settings:
         return _checked(query, key, value, **given)
     inputs = xp.promoted(tokens)
-    sizes = [part for x in (*inputs.values(), *arrays.values()) for part in (x.shape, x.dtype)]
+    sizes = [part for x in inputs.values() for part in (x.shape, x.dtype)]
+    sizes += [part for name, x in more for part in (name, x.shape, x.dtype)]
     # 1 == True, but for their types
-    made_of = (xp, *settings, *sizes, *arrays, types, *rest, *rest.values())
+    made_of = (xp, form, *settings, *sizes, types, *rest, *rest.values())
     kept = _KEPT.get(made_of)
     if kept is None:
         kept = _without_arrays(_checked(query, key, value, **given))
@@ -84,18 +90,41 @@ def make_request(query: Array, key: Array, value: Array, **given: Any) -> Reques
             _KEPT.clear()
         _KEPT[made_of] = kept
     data = kept.data
-    if "mask" in arrays:
-        held = ({"allowed": arrays["mask"]} if names else {} for names in data["masks"])
-        data = data | {"masks": tuple(held)}
-    if "bias" in arrays:
-        inputs["bias"] = arrays["bias"]
+    if more:
+        mine = iter(held)
+        masks = tuple(next(mine) if names else {} for names in data["masks"])
+        data = data | arrays | {"masks": masks}
+        if "bias" in arrays:
+            inputs["bias"] = data.pop("bias")
     return Request(xp, kept.spec, data, inputs, kept.chunks_given, kept.known)
 
 
+_ARRAYS = ("bias", "query_offset", "key_offset")
+_UNKNOWN = object()
+
+
+def _taken_apart(mask: Any) -> tuple[Any, list[dict[str, Array]]]:
+    """Return what tells a mask but for its arrays, and these by field; `_UNKNOWN` if it is new."""
+    cls = type(mask)
+    if mask is None or cls in (Causal, Window):
+        return (cls, mask), []
+    if is_array(mask):
+        return Dense, [{"allowed": mask}]
+    if cls in (Dense, Lengths, Segments):
+        held = _held(mask)
+        plain = [(name, type(x), x) for name, x in vars(mask).items() if name not in held]
+        return (cls, *held, *plain), [held] if held else []
+    if cls is not tuple:
+        return _UNKNOWN, []
+    forms, arrays = zip(*map(_taken_apart, mask), strict=True) if mask else ((), ())
+    return _UNKNOWN if _UNKNOWN in forms else forms, [held for some in arrays for held in some]
+
+
 def _without_arrays(request: Request) -> Request:
-    """Return a request to be kept, with None in the place of the arrays of masks."""
-    masks = tuple(dict.fromkeys(held) for held in request.data["masks"])
-    return replace(request, inputs={}, data=request.data | {"masks": masks})
+    """Return a request to be kept, with None in the place of its arrays."""
+    data = {name: None if is_array(x) else x for name, x in request.data.items()}
+    data["masks"] = tuple(dict.fromkeys(held) for held in request.data["masks"])
+    return replace(request, inputs={}, data=data)
 
 
 def _checked(

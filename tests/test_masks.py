@@ -87,6 +87,26 @@ def test_lengths_count_positions(check, tokens):
     check_mask(check, tokens, masks.Lengths, data, allowed, key_offset=6, query_offset=9)
 
 
+@pytest.mark.feature("Lengths")
+def test_calls_of_equal_shapes(check, rng, tokens):
+    """They are checked once, whatever numbers are in the arrays of masks and offsets."""
+
+    def call(query, key, value, *, data, **given):
+        allowed, lengths, query_offset, key_offset = data
+        several = (allowed, masks.Lengths(key=lengths))
+        offsets = {"query_offset": query_offset, "key_offset": key_offset}
+        return attention(query, key, value, mask=several, causal=True, **offsets, **given)
+
+    for start in range(3):
+        allowed, offset = rng.random((N_Q, N_K)) < 0.7, rng.integers(0, 20, B)
+        lengths = rng.integers(1, N_K, B)
+        within = np.arange(N_K) + start < lengths[:, None, None, None]
+        causal = distances(key_offset=start) <= offset[:, None, None, None]
+        data = [allowed, lengths, offset, np.asarray(start)]
+        known = {"mask": allowed & within & causal}
+        check(*tokens, function=call, data=list(map(check.lib.asarray, data)), known=known)
+
+
 @pytest.mark.feature("Segments, sorted or not")
 @pytest.mark.parametrize("kind", ["sorted", "shuffled", "shared", "disjoint"])
 def test_segments(check, rng, tokens, kind):

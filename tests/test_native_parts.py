@@ -243,12 +243,15 @@ def test_calls_of_equal_shapes(rng):
     """Such a call is checked once, with the numbers of neither mask nor bias, and holds neither."""
     arrays = tokens(rng, ((), (2, 2), 32, 32), torch.float32)
     for _ in range(3):
-        given = {"mask": some(rng, 32, 32), "bias": random(rng, 32, 32).float()}
+        bias, offset = random(rng, 32, 32).float(), tensor(3)
+        mask = (some(rng, 32, 32), Lengths(key=tensor(30)), Segments(torch.arange(32) // 20))
+        held = [bias, offset, mask[0], mask[1].key, mask[2].query]
+        given = {"mask": mask, "bias": bias, "causal": True, "query_offset": offset}
         close(attention(*arrays, **given), chunked(*arrays, **given), torch.float32)
-    watched = [weakref.ref(x) for x in given.values()]
-    del given
+    watched = [weakref.ref(x) for x in held]
+    del given, bias, offset, mask, held
     gc.collect()
-    assert [x() for x in watched] == [None, None]
+    assert [x() for x in watched] == [None] * 5
     with pytest.raises(TypeError, match="mask must be a boolean array"):
         attention(*arrays, mask=torch.ones(32, 32), bias=torch.ones(32, 32))
     with pytest.raises(ValueError, match="bias must broadcast"):
