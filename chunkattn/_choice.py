@@ -7,7 +7,7 @@ from typing import Any
 
 from ._calculus import RESULTS, Forward
 from ._native import Native
-from ._parts import Parts, beats_tiles, parts_of
+from ._partition import Parts, beats_tiles, parts_of
 from ._plain import plain
 from ._problem import TOKENS
 from ._request import Request

@@ -11,7 +11,7 @@ from typing import Any
 
 from ._calculus import RESULTS
 from ._native import Native
-from ._parts import Parts
+from ._partition import Parts
 from ._problem import with_arrays
 from ._request import Request, make_request
 from ._spec import SMALLEST

@@ -32,7 +32,7 @@ from ._calculus import (
 )
 from ._chunked import chunked
 from ._derivatives import backward
-from ._parts import Parts
+from ._partition import Parts
 from ._plain import four, like, plain
 from ._problem import TOKENS, lse_to_caller, out_to_caller
 from ._spec import Spec

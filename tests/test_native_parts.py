@@ -11,7 +11,7 @@ import libraries
 import numpy as np
 import pytest
 
-from chunkattn import _parts, attention
+from chunkattn import _partition, _parts, attention
 from chunkattn._request import _KEPT
 from chunkattn.masks import Lengths, Segments, Window
 
@@ -33,9 +33,9 @@ def lib():
 def sizes(request, monkeypatch):
     """Parts as they are, and small ones: several blocks, parts of each, a shorter last one."""
     if request.param == "small":
-        monkeypatch.setattr(_parts, "ROWS", 7)
-        monkeypatch.setattr(_parts, "FEW", 0)
-        monkeypatch.setattr(_parts, "BYTES", 8 * 72 * 8 * 3)
+        monkeypatch.setattr(_partition, "ROWS", 7)
+        monkeypatch.setattr(_partition, "FEW", 0)
+        monkeypatch.setattr(_partition, "BYTES", 8 * 72 * 8 * 3)
     _KEPT.clear()  # what it has was cut otherwise
     yield
     _KEPT.clear()
@@ -195,18 +195,18 @@ def test_the_choice_of_auto(rng, caplog, monkeypatch):
         assert choice(caplog, *half, bias=bias).startswith("native: ")
     why = choice(caplog, *half, bias=bias, return_lse=True)
     assert why == "chunked: no kernel has the gradient of a bias"
-    monkeypatch.setattr(_parts, "RUNS", 60)
+    monkeypatch.setattr(_partition, "RUNS", 60)
     _KEPT.clear()
     assert tell(mask=array).startswith("native: ")
     assert tell(mask=Window(9, 0)) == "chunked: tiles spare the masks of many keys"
-    monkeypatch.setattr(_parts, "ROWS", 16)
-    monkeypatch.setattr(_parts, "FEW", 0)
+    monkeypatch.setattr(_partition, "ROWS", 16)
+    monkeypatch.setattr(_partition, "FEW", 0)
     _KEPT.clear()
     assert tell(mask=Window(9, 0)).startswith("native: ")
     few = partial(choice, caplog, arrays[0][:, :16], *arrays[1:], mask=Window(None, 0))
     assert few(query_offset=48).startswith("native: ")
     assert tell(mask=Window(9, None)) == "chunked: tiles spare the masks of many keys"
-    monkeypatch.setattr(_parts, "BYTES", 1024)
+    monkeypatch.setattr(_partition, "BYTES", 1024)
     _KEPT.clear()
     told = "chunked: the smallest array that is added to scores would be large"
     assert tell(mask=array) == told

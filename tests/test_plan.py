@@ -12,7 +12,7 @@ import numpy as np
 import plans
 import pytest
 
-from chunkattn import ArraySpec, _parts, attention, attention_jvp, attention_vjp, masks, plan
+from chunkattn import ArraySpec, _partition, attention, attention_jvp, attention_vjp, masks, plan
 from chunkattn._memory import bytes_of
 
 MODES = pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
@@ -121,7 +121,7 @@ def test_memory_of_parts(n):
         return (attention(*arrays, bias=own, causal=True, implementation="native"),)
 
     peak = memory.extra_bytes(libraries.library("torch"), call, x, x, x)
-    assert _parts.BYTES / 4 < peak < 3 * _parts.BYTES
+    assert _partition.BYTES / 4 < peak < 3 * _partition.BYTES
 
 
 @pytest.mark.parametrize(("dtype", "heads"), [("float32", 1), ("bfloat16", 16)])
