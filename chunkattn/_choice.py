@@ -48,13 +48,13 @@ def operation(
         if kernel is None or not better:
             return _tiles(request, return_lse), why
     causal = parts is None and bool(_causal(request.spec, request.data))
-    found = _native(kernel, causal, request.data["scale"], return_lse, exact, parts)
-    return found, f"{kernel}: {why}"
+    return _native(kernel, causal, request.data["scale"], return_lse, exact, parts, why)
 
 
 @lru_cache
-def _native(*args: Any) -> Native:
-    return Native(*args)
+def _native(kernel: Any, *args: Any) -> tuple[Native, str]:
+    *given, why = args
+    return Native(kernel, *given), f"{kernel}: {why}"
 
 
 def _tiles(request: Request, return_lse: bool) -> Forward:

@@ -240,8 +240,8 @@ def prepared(
     ``choose(request, implementation)`` gives operation and reason.  `training` says whether
     gradients follow; None: where the library may ask for them.
     """
-    limit, wanted = bytes_of(memory_limit), given["implementation"]
-
+    wanted = given["implementation"]
+    limit = None if memory_limit is None else bytes_of(memory_limit)
     request = make_request(*tokens, **given)
     algorithm, why = choose(request, wanted)
     if limit is None:

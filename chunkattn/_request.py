@@ -65,8 +65,12 @@ def make_request(query: Array, key: Array, value: Array, **given: Any) -> Reques
     compute.
     """
     mask, rest = given["mask"], given
-    form, held = _taken_apart(mask)
-    arrays = {name: given[name] for name in _ARRAYS if is_array(given[name])}
+    form, held = (None, []) if mask is None else _taken_apart(mask)
+    arrays = {}
+    for name in _ARRAYS:
+        x = given[name]
+        if type(x) not in _PLAIN and is_array(x):
+            arrays[name] = x
     if arrays or mask is not None:
         rest = given | dict.fromkeys(("mask", *arrays))
     types = tuple(map(type, rest.values()))
@@ -106,7 +110,7 @@ _UNKNOWN = object()
 def _taken_apart(mask: Any) -> tuple[Any, list[dict[str, Array]]]:
     """Return what tells a mask but for its arrays, and these by field; `_UNKNOWN` if it is new."""
     cls = type(mask)
-    if mask is None or cls in (Causal, Window):
+    if cls in (Causal, Window):
         return (cls, mask), []
     if is_array(mask):
         return Dense, [{"allowed": mask}]
