@@ -36,10 +36,10 @@ def hide(xp: Any, x: Array, allowed: Array, fill: float) -> Array:
 
 def barrier(xp: Any, allowed: Array, dtype: Any) -> Array:
     """Return 0 where `allowed`, whose number has no bits, and -inf elsewhere."""
-    none = xp.new(allowed, (), -float("inf"), dtype)
-    bits = xp.cast(allowed, getattr(xp, f"int{8 * none.itemsize}"))
+    told = xp.finfo(dtype)
+    bits = xp.cast(allowed, xp.int64 if told.bits == 64 else xp.int32)
     bits -= 1  # all bits where it is hidden
-    bits &= none.view(bits.dtype)
+    bits &= -int(1 / told.eps)  # the bits of -inf: those of sign and exponent
     return bits.view(dtype)
 
 
