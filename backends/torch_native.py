@@ -51,6 +51,14 @@ class Kernel:
         """
         return _scratch_on_cpu(rows, keys, number, training) if self.attend is _cpu else []
 
+    def reorders(self, added: Array, folded: bool) -> bool:
+        """Whether an array that is added is copied, since its numbers do not follow each other.
+
+        `folded` says whether it is given with the queries of several heads as those of one.
+        """
+        rows = added.ndim == 0 or added.shape[-1] == 1 or added.stride(-1) == 1
+        return not rows or (folded and not added.is_contiguous())
+
     def __repr__(self) -> str:
         return self.name
 

@@ -35,12 +35,9 @@ def _positions(rows: Span, start: Array, stop: Array) -> Range:
 
 def axes_of_pairs(x: Array) -> str:
     """Return the axes of an array of pairs that do not broadcast: batch, heads, queries, keys."""
-    *lead, rows, cols = (1, 1, *tuple(x.shape))
-    return (
-        ("bh" if any(n != 1 for n in lead) else "")
-        + ("q" if rows != 1 else "")
-        + ("k" if cols != 1 else "")
-    )
+    *batch, heads, rows, cols = (1, 1, 1, *tuple(x.shape))
+    lengths = zip("bhqk", (max((1, *batch)), heads, rows, cols), strict=True)
+    return "".join(axis for axis, n in lengths if n != 1)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ._problem import with_arrays
 from ._request import Request, make_request
 from ._spec import SMALLEST
 from ._terms import Counted, Term, fullest, total
+from .masks import Dense
 
 Array = Any
 
@@ -145,6 +146,7 @@ def _counted(request: Request) -> Counted:
         masks=with_arrays(spec.masks, data),
         d=request.inputs["query"].shape[-1],
         has_bias="bias" in request.inputs,
+        widens_bias="bias" in request.inputs and request.inputs["bias"].dtype != spec.compute,
         by_batch=bool(getattr(data["query_offset"], "shape", ())),
         threads=xp.at_once(spec.tasks),
         footprint=xp.footprint(request.inputs["query"]),
@@ -156,7 +158,7 @@ def _counted(request: Request) -> Counted:
 def _of_kernel(request: Request, algorithm: Native, counted: Counted, training: bool) -> list[Term]:
     """Return what a kernel of the library's own holds."""
     if algorithm.parts is not None:
-        return _of_parts(algorithm.parts, algorithm, counted, training)
+        return _of_parts(request, algorithm.parts, algorithm, counted, training)
     spec, kernel = request.spec, algorithm.kernel
     lse = 2 if training else int(not algorithm.return_lse)
     heads, n_q = spec.heads, spec.n_q
@@ -173,35 +175,42 @@ def _of_kernel(request: Request, algorithm: Native, counted: Counted, training: 
     return [term for term in found if term.bytes]
 
 
-def _of_parts(parts: Parts, algorithm: Native, counted: Counted, training: bool) -> list[Term]:
+def _of_parts(
+    request: Request, parts: Parts, algorithm: Native, counted: Counted, training: bool
+) -> list[Term]:
     """Return what a kernel holds that is called for parts of a call."""
-    spec, number = parts.spec, counted.number
-    rows = spec.schedule.query_chunk
-    if parts.keys == spec.n_k:
-        rows = min(spec.n_q, max(rows, parts.pairs // spec.n_k))
-    size = replace(spec.schedule, query_chunk=rows, key_chunk=parts.keys)
+    spec, number, rows = parts.spec, counted.number, parts.rows
+    seen = min(spec.n_k, parts.keys + rows - min(rows, spec.schedule.query_chunk))
+    size = replace(spec.schedule, query_chunk=rows, key_chunk=seen)
     part = replace(counted, spec=replace(spec, schedule=size), threads=1)
     queries, keys = ("heads", "query_chunk"), ("key_heads", "key_chunk")
     sizes = {"q": "query_chunk", "k": "key_chunk"}
     pairs = [name for axis, name in sizes.items() if axis in parts.axes]
-    masks = sum(mask.tile_arrays for mask in counted.masks) + (len(counted.masks) > 1)
-    added = int(bool(counted.masks)) * (1 + counted.has_bias)
-    wide, several = int(counted.widens), int(not parts.one)
-    exact, gradients = int(training and algorithm.exact), int(training)
     *batch, heads = spec.schedule.block
     entries = prod(batch)
+    masks = sum(mask.tile_arrays for mask in counted.masks) + (len(counted.masks) > 1)
+    spread = sum(n > 1 for n in spec.batch) > 1 and "b" in parts.axes  # over the other batch axes
+    given = [mask.allowed for mask in counted.masks if isinstance(mask, Dense)]
+    given += [request.inputs["bias"]] if counted.has_bias else []
+    ordered = any(algorithm.kernel.reorders(x, parts.folded > 1) for x in given)
+    added = bool(counted.masks) * (1 + counted.has_bias) + counted.widens_bias + spread + ordered
+    nhd = int(spec.layout == "nhd" and not spec.headless)
+    wide, several, gradients = int(counted.widens), int(not parts.one), int(training)
+    exact = int(training and algorithm.exact)
     of_rows = (entries, heads * spec.group // parts.folded, parts.folded * rows, spec.d_v)
-    shapes = of_rows, (entries, heads, parts.keys, counted.d)
+    shapes = of_rows, (entries, heads, seen, counted.d)
     positions = part.term("positions", int(masks > 0), "key_chunk", number=8)
     of_part = [
-        part.term("out of a part", max(several, wide), *queries, "d_v"),
+        part.term("out of a part", max(several, wide, nhd), *queries, "d_v"),
         part.term("gradients of a part", gradients * several, *queries, "d"),
         part.term("gradients of a part", 2 * gradients * several, *keys, "d"),
     ]
+    heads_as_one = nhd * int(parts.folded > 1) * (1 + 2 * gradients)
     found = [
         part.term("added to scores", parts.arrays, added, *pairs),
         part.term("added to scores of heads", parts.arrays, parts.copies, *pairs),
         positions,
+        part.term("queries of heads, and the like", heads_as_one, *queries, "d"),
         part.term("queries, widened", wide, *queries, "d"),
         part.term("keys and values, widened", 2 * wide, *keys, "d"),
         part.term("gradients, not rounded", gradients * wide, "all_heads", "n_q", "d"),

@@ -29,7 +29,7 @@ class Parts:
     Attributes
     ----------
     spec : Spec
-        That of the call with the blocks for a kernel.
+        That of the call with the blocks for a kernel, and the queries that are looked for together.
     axes : str
         Those of what is added to the scores: batch, heads, queries, keys.
     arrays : int
@@ -38,10 +38,10 @@ class Parts:
         How many heads a head has the queries of.
     copies : int
         How often what is added is copied for that.
-    pairs : int
-        The pairs of the largest part.
     keys : int
-        How many keys are seen by the queries that are looked for together, as far as is known.
+        How many keys are seen by queries that are looked for together, as far as is known.
+    rows : int
+        How many queries a part has at most.
     one : bool
         Whether it is known that there is one part.
     """
@@ -51,20 +51,21 @@ class Parts:
     arrays: int
     folded: int
     copies: int
-    pairs: int
     keys: int
+    rows: int
     one: bool
 
 
 def parts_of(request: Request) -> Parts | None:
     """Return how a call is cut; None where the smallest part would be large."""
     xp, spec = request.xp, request.spec
+    by_batch = bool(getattr(request.data["query_offset"], "shape", ()))
     masks = with_arrays(spec.masks, request.data)
-    axes = _axes(request, masks)
+    axes = _axes(request, masks, by_batch)
     few = _are_few(spec)
     asked = not few or spec.n_k > 2 * ROWS  # some masks, which keys they show
     height = spec.n_q if few else min(spec.n_q, ROWS)
-    keys = _most_keys(masks, height, spec.n_k) if asked else spec.n_k
+    keys = _most_keys(masks, height, spec.n_k) if asked and not by_batch else spec.n_k
     folded = _folded(spec, axes)
     copies = folded if folded > 1 and spec.n_q > 1 and "q" in axes and "h" not in axes else 0
     room = limit = 8 * BYTES // xp.finfo(spec.compute).bits  # in numbers
@@ -77,13 +78,16 @@ def parts_of(request: Request) -> Parts | None:
         room = min(room, limit // least * spec.key_heads)
     if not room or least > limit:
         return None
-    block = block_within(spec.lead, room)
-    arrays = spec.group * prod(block) if "h" in axes else prod(block[:-1]) if "b" in axes else 1
+    cut = replace(spec, schedule=Schedule(height, ROWS, block_within(spec.lead, room)))
+    *batch, heads = cut.schedule.block
+    arrays = (prod(batch) if "b" in axes else 1) * (heads * spec.group if "h" in axes else 1)
     whole = spec.n_q * spec.n_k
     pairs = limit // (arrays * (1 + copies)) if {"q", "k"} <= {*axes} else whole
-    cut = replace(spec, schedule=Schedule(height, ROWS, block))
+    rows = max(height, pairs // spec.n_k)
+    if keys < spec.n_k:
+        rows = height * (1 + int((WASTE - 1) * keys) // height)  # so many are joined
     one = cut.blocks == 1 and (whole <= pairs if not masks else not asked)
-    return Parts(cut, axes, arrays, folded, copies, pairs, keys, one)
+    return Parts(cut, axes, arrays, folded, copies, keys, min(rows, spec.n_q), one)
 
 
 def _are_few(spec: Spec) -> bool:
@@ -95,10 +99,10 @@ def _are_few(spec: Spec) -> bool:
     return prod(spec.batch) * rows * spec.n_k <= FEW
 
 
-def _axes(request: Request, masks: tuple[Mask, ...]) -> str:
+def _axes(request: Request, masks: tuple[Mask, ...], by_batch: bool) -> str:
     """Return the axes of what is added to the scores."""
     letters = "".join(mask.tile_axes for mask in masks)
-    if hasattr(request.data["query_offset"], "shape") and any(mask.aligned for mask in masks):
+    if by_batch and any(mask.aligned for mask in masks):
         letters += "b"
     if "bias" in request.inputs:
         letters += axes_of_pairs(request.inputs["bias"])
@@ -168,7 +172,7 @@ class Run(NamedTuple):
 
 
 def runs(problem: Problem, parts: Parts) -> list[Run]:
-    """Return all runs; neighbours are joined where that wastes little, and is not too much."""
+    """Return all runs; neighbours are joined where that wastes little, up to a part's rows."""
     spec, masks = problem.spec, problem.masks
     found: list[Run] = []
     if parts.one:
@@ -181,7 +185,7 @@ def runs(problem: Problem, parts: Parts) -> list[Run]:
             run = Run.of(Span(problem, block, row, min(height, spec.n_q - row)), masks)
             if row:
                 joined = found[-1].joined(run)
-                if joined.computed <= min(parts.pairs, WASTE * joined.pairs):
+                if joined.size <= parts.rows and joined.computed <= WASTE * joined.pairs:
                     found[-1] = joined
                     continue
             found.append(run)

@@ -73,15 +73,16 @@ def total(terms: Iterable[Term]) -> int:
 class Counted:
     """A call whose memory is counted.
 
-    `masks` have their arrays; `d` is the width of queries; `footprint` is the adapter's; `by_batch`
-    says whether the query offset differs from batch entry to batch entry; `threads` is the number
-    of tasks at a time.
+    `masks` have their arrays; `d` is the width of queries; `widens_bias` says whether the bias is
+    cast to the compute dtype; `footprint` is the adapter's; `by_batch` says whether the query
+    offset differs from batch entry to batch entry; `threads` is the number of tasks at a time.
     """
 
     spec: Spec
     masks: tuple[Mask, ...]
     d: int
     has_bias: bool
+    widens_bias: bool
     by_batch: bool
     threads: int
     footprint: Any

@@ -83,7 +83,7 @@ class Rows(Span):
     Attributes
     ----------
     query : array of shape (…, h_k, group · size, d)
-        The queries times the scale, if there is one, in the compute dtype.
+        The queries times the scale, in the compute dtype; without a scale as `unscaled`.
     repeated : int
         How many of the queries an earlier chunk has had already.
     """
@@ -98,8 +98,9 @@ class Rows(Span):
     ) -> None:
         super().__init__(problem, block, start, size)
         self.repeated = repeated
-        query = self.unscaled
-        self.query = self.grouped(query if problem.scale is None else query * problem.scale)
+        self.query = self.unscaled
+        if problem.scale is not None:
+            self.query = self.grouped(self.query * problem.scale)
 
     @property
     def unscaled(self) -> Array:

@@ -8,10 +8,11 @@ import weakref
 from functools import partial
 
 import libraries
+import memory
 import numpy as np
 import pytest
 
-from chunkattn import _partition, _parts, attention
+from chunkattn import _partition, _parts, attention, plan
 from chunkattn._request import _KEPT
 from chunkattn.masks import Lengths, Segments, Window
 
@@ -237,6 +238,82 @@ def test_what_the_kernel_sees(rng, monkeypatch, heads, n_q, n_k, given, shapes):
     arrays = tokens(rng, ((), heads, n_q, n_k), torch.float32)
     close(native(*arrays, **given), chunked(*arrays, **given), torch.float32)
     assert {(*x.query.shape[1:3], x.key.shape[2]) for x in calls} == shapes
+
+
+# By name: shapes of queries and of keys, and the keywords.
+HELD = {
+    "heads of a group": ((1, 8, 1024, 64), (1, 2, 1024, 64), {"mask": Window(256, 0)}),
+    "layout": ((1, 512, 8, 64), (1, 512, 2, 64), {"mask": torch.eye(512) < 1, "layout": "nhd"}),
+    "layout, few queries": (
+        (1, 16, 32, 64),
+        (1, 400, 8, 64),
+        {"mask": torch.eye(16, 400) < 1, "layout": "nhd"},
+    ),
+    "windows by entry": (
+        (2, 1, 256, 64),
+        (2, 1, 4096, 64),
+        {"mask": Window(99, 0), "query_offset": tensor([100, 3800])},
+    ),
+    "window, parts joined": ((1, 1, 8192, 64), (1, 1, 8192, 64), {"mask": Window(1792, 0)}),
+    "window and bias": (
+        (1, 1, 4096, 64),
+        (1, 1, 4096, 64),
+        {"mask": Window(3000, 0), "bias": torch.zeros(1, 4096)},
+    ),
+    "few keys of many": (
+        (1, 8, 2048, 64),
+        (1, 8, 4096, 64),
+        {"mask": (torch.arange(4096) < 256).expand(2048, 4096)},
+    ),
+    "bias, widened": (
+        (1, 8, 1024, 64),
+        (1, 8, 1024, 64),
+        {"bias": torch.zeros(1024, 1024).half(), "mask": torch.eye(1024) < 1},
+    ),
+    "two batch axes": (
+        (2, 3, 2, 256, 64),
+        (2, 3, 2, 256, 64),
+        {"bias": torch.zeros(2, 1, 2, 256, 256)},
+    ),
+    "few queries, by entry": (
+        (2, 8, 8, 64),
+        (2, 1, 8192, 64),
+        {"bias": torch.zeros(2, 1, 8, 8192)},
+    ),
+    "few queries, expanded": (
+        (1, 8, 8, 64),
+        (1, 2, 8192, 64),
+        {"bias": torch.zeros(8, 8192).expand(8, 8, 8192)},
+    ),
+    "heads last": (
+        (1, 8, 512, 64),
+        (1, 8, 512, 64),
+        {"bias": torch.zeros(512, 512, 8).permute(2, 0, 1)},
+    ),
+    "mask, transposed": ((1, 4, 1024, 64), (1, 4, 1024, 64), {"mask": (torch.eye(1024) < 1).mT}),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("case", HELD)
+def test_no_more_than_planned(case, training):
+    """By the allocator's record."""
+    of_queries, of_keys, given = HELD[case]
+    arrays = [torch.ones(shape) for shape in (of_queries, of_keys, of_keys)]
+
+    def call():
+        if not training:
+            return [native(*arrays, **given)]
+        leaves = [x.detach().requires_grad_() for x in arrays]
+        out = native(*leaves, **given)
+        return [out, *torch.autograd.grad(out, leaves, arrays[0])]
+
+    with memory.torch_threads(1):
+        call()  # what a first call loads is no part of it
+        peak, results = memory.of_torch_cpu(call)
+        planned = plan(*arrays, implementation="native", training=training, **given)
+    assert planned.implementation == "native"
+    assert peak - memory.nbytes(results) <= planned.peak_bytes
 
 
 def test_calls_of_equal_shapes(rng):
