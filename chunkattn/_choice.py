@@ -48,13 +48,12 @@ def operation(
         if kernel is None or not better:
             return _tiles(request, return_lse), why
     causal = parts is None and bool(_causal(request.spec, request.data))
-    return _native(kernel, causal, request.data["scale"], return_lse, exact, parts, why)
+    return _native(why, kernel, causal, request.data["scale"], return_lse, exact, parts)
 
 
 @lru_cache
-def _native(kernel: Any, *args: Any) -> tuple[Native, str]:
-    *given, why = args
-    return Native(kernel, *given), f"{kernel}: {why}"
+def _native(why: str, *args: Any) -> tuple[Native, str]:
+    return Native(*args), f"{args[0]}: {why}"
 
 
 def _tiles(request: Request, return_lse: bool) -> Forward:

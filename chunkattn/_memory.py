@@ -201,7 +201,7 @@ def _of_parts(
     shapes = of_rows, (entries, heads, seen, counted.d)
     positions = part.term("positions", int(masks > 0), "key_chunk", number=8)
     of_part = [
-        part.term("out of a part", max(several, wide, nhd), *queries, "d_v"),
+        part.term("out of a part", max(wide, int(not parts.at_once)), *queries, "d_v"),
         part.term("gradients of a part", gradients * several, *queries, "d"),
         part.term("gradients of a part", 2 * gradients * several, *keys, "d"),
     ]
@@ -249,8 +249,8 @@ def prepared(
     ``choose(request, implementation)`` gives operation and reason.  `training` says whether
     gradients follow; None: where the library may ask for them.
     """
-    wanted = given["implementation"]
-    limit = None if memory_limit is None else bytes_of(memory_limit)
+    limit, wanted = bytes_of(memory_limit), given["implementation"]
+
     request = make_request(*tokens, **given)
     algorithm, why = choose(request, wanted)
     if limit is None:

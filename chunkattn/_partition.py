@@ -43,7 +43,7 @@ class Parts:
     rows : int
         How many queries a part has at most.
     one : bool
-        Whether it is known that there is one part.
+        Whether it is known that there is one part, with all keys.
     """
 
     spec: Spec
@@ -55,6 +55,11 @@ class Parts:
     rows: int
     one: bool
 
+    @property
+    def at_once(self) -> bool:
+        """Whether one part has all queries, though perhaps not all keys."""
+        return self.spec.blocks == 1 and self.spec.schedule.query_chunk == self.spec.n_q
+
 
 def parts_of(request: Request) -> Parts | None:
     """Return how a call is cut; None where the smallest part would be large."""
@@ -63,9 +68,9 @@ def parts_of(request: Request) -> Parts | None:
     masks = with_arrays(spec.masks, request.data)
     axes = _axes(request, masks, by_batch)
     few = _are_few(spec)
-    asked = not few or spec.n_k > 2 * ROWS  # some masks, which keys they show
+    asked = not few or spec.n_k > 2 * ROWS  # whether any mask is, which keys it shows
     height = spec.n_q if few else min(spec.n_q, ROWS)
-    keys = _most_keys(masks, height, spec.n_k) if asked and not by_batch else spec.n_k
+    keys = _most_keys(masks, height, spec.n_k) if asked else spec.n_k
     folded = _folded(spec, axes)
     copies = folded if folded > 1 and spec.n_q > 1 and "q" in axes and "h" not in axes else 0
     room = limit = 8 * BYTES // xp.finfo(spec.compute).bits  # in numbers
@@ -78,20 +83,24 @@ def parts_of(request: Request) -> Parts | None:
         room = min(room, limit // least * spec.key_heads)
     if not room or least > limit:
         return None
-    cut = replace(spec, schedule=Schedule(height, ROWS, block_within(spec.lead, room)))
-    *batch, heads = cut.schedule.block
+    *batch, heads = block_within(spec.lead, room)
+    if by_batch and "b" in axes:  # what each entry sees may lie far apart
+        batch = [1] * len(batch)
     arrays = (prod(batch) if "b" in axes else 1) * (heads * spec.group if "h" in axes else 1)
     whole = spec.n_q * spec.n_k
     pairs = limit // (arrays * (1 + copies)) if {"q", "k"} <= {*axes} else whole
     rows = max(height, pairs // spec.n_k)
-    if keys < spec.n_k:
-        rows = height * (1 + int((WASTE - 1) * keys) // height)  # so many are joined
-    one = cut.blocks == 1 and (whole <= pairs if not masks else not asked)
+    if keys < spec.n_k:  # so many are joined, with the keys of the last ones beside the first's
+        joined = height * (1 + int((WASTE - 1) * keys) // height)
+        rows = min(joined, max(height, pairs // min(spec.n_k, int(WASTE * keys))))
+    one = (*batch, heads) == spec.lead and (whole <= pairs if not masks else not asked)
+    size = Schedule(spec.n_q if one else height, ROWS, (*batch, heads))
+    cut = replace(spec, schedule=size)
     return Parts(cut, axes, arrays, folded, copies, keys, min(rows, spec.n_q), one)
 
 
 def _are_few(spec: Spec) -> bool:
-    """Whether so few scores are computed that masks are not asked which keys they show.
+    """Whether so few scores are computed that no array is asked which keys it shows.
 
     To read the keys of a head takes as long as some queries.
     """
@@ -179,7 +188,7 @@ def runs(problem: Problem, parts: Parts) -> list[Run]:
         masks = ()
     elif _are_few(spec):
         masks = tuple(mask for mask in masks if mask.positional)
-    height = spec.n_q if parts.one else spec.schedule.query_chunk
+    height = spec.schedule.query_chunk
     for block in map(spec.block, range(spec.blocks)):
         for row in range(0, spec.n_q, height):
             run = Run.of(Span(problem, block, row, min(height, spec.n_q - row)), masks)

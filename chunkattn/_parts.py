@@ -33,7 +33,7 @@ def forward(
     Where a query sees nothing, `lse` is the kernel's, which is finite, unless `blind`.
     """
     problem = _unscaled(xp, parts, arrays)
-    outputs = problem.outputs(names, one=parts.one)
+    outputs = dict.fromkeys(names) if parts.at_once else problem.outputs(names)
     asked = tuple(name for name in RESULTS if name in names)
     for tile in _tiles(problem, parts):
         outputs = tile.rows.written(outputs, _results(tile, kernel, arrays["scale"], asked, blind))

@@ -92,9 +92,7 @@ class Problem:
         """Return an array of the caller's axes as (…, h, n, width)."""
         return self.aligned(heads_first(self.xp, self.spec, x))
 
-    def outputs(
-        self, names: tuple[str, ...] = ("out", "lse"), one: bool | None = None
-    ) -> dict[str, Array]:
+    def outputs(self, names: tuple[str, ...] = ("out", "lse")) -> dict[str, Array]:
         """Return new arrays for results by name.
 
         "out" and "lse"; "low", what `lse` lacks by its rounding; "exact", `out` in the compute
@@ -102,8 +100,7 @@ class Problem:
         of queries does.
         """
         spec = self.spec
-        if one is None:
-            one = spec.blocks == 1 and spec.n_q == spec.schedule.query_chunk
+        one = spec.blocks == 1 and spec.n_q == spec.schedule.query_chunk
         if one and spec.layout == "hnd":
             return dict.fromkeys(names)
         shape = (*spec.batch, spec.heads, spec.n_q, 1)

@@ -111,12 +111,14 @@ def _taken_apart(mask: Any) -> tuple[Any, list[dict[str, Array]]]:
     """Return what tells a mask but for its arrays, and these by field; `_UNKNOWN` if it is new."""
     cls = type(mask)
     if cls in (Causal, Window):
-        return (cls, mask), []
+        return mask, []
     if is_array(mask):
         return Dense, [{"allowed": mask}]
     if cls in (Dense, Lengths, Segments):
         held = _held(mask)
         plain = [(name, type(x), x) for name, x in vars(mask).items() if name not in held]
+        if not _PLAIN.issuperset(kind for _, kind, _ in plain):
+            return _UNKNOWN, []
         return (cls, *held, *plain), [held] if held else []
     if cls is not tuple:
         return _UNKNOWN, []

@@ -110,11 +110,14 @@ class Window(Mask):
             if width is None:
                 continue
             try:
-                width = operator.index(width)
+                number = operator.index(width)
             except TypeError:
-                raise TypeError(f"Window: {name} must be an int or None; got {width!r}") from None
-            if width < 0:
-                raise ValueError(f"Window: {name} must not be negative; got {width}")
+                number = None
+            if number is None or isinstance(width, bool):
+                raise TypeError(f"Window: {name} must be an int or None; got {width!r}")
+            if number < 0:
+                raise ValueError(f"Window: {name} must not be negative; got {number}")
+            object.__setattr__(self, name, number)  # of an array without axes, too
 
     def check(self, xp: Any, shapes: Shapes) -> None:
         """Refuse a width that carries positions out of the index dtype."""

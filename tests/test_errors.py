@@ -212,6 +212,12 @@ CASES = [
         "mask | bool | int64",
     ),
     (
+        "mask of a list in Dense",
+        {"mask": lambda lib: Dense([[True]])},
+        TypeError,
+        "mask must be a boolean array",
+    ),
+    (
         "mask of ints in Dense",
         {"mask": lambda lib: Dense(array(lib, (5, 7), int))},
         TypeError,

@@ -52,6 +52,16 @@ def test_window(check, tokens, left, right, offset):
 
 
 @pytest.mark.feature("Window")
+def test_window_of_an_array(check, tokens):
+    """A width is a number of Python once it is given as an array without axes."""
+    d = distances(10)
+    window = masks.Window(check.lib.asarray(np.asarray(3)), 0)
+    assert window == masks.Window(3, 0)
+    known = {"mask": (d >= -3) & (d <= 0)}
+    check(*tokens, mask=(window, masks.Causal()), query_offset=10, known=known)
+
+
+@pytest.mark.feature("Window")
 def test_window_by_batch(check, tokens):
     """Offsets by batch entry move the window of each."""
     offset = np.asarray([3, 11])
@@ -277,6 +287,7 @@ def test_refused(lib, rng):
     [
         (lambda: masks.Window(-1, 0), ValueError, "left must not be negative; got -1"),
         (lambda: masks.Window(0, 1.5), TypeError, "right must be an int or None; got 1.5"),
+        (lambda: masks.Window(True, 0), TypeError, "left must be an int or None; got True"),
         (lambda: masks.Segments([0, 1]), TypeError, "Segments: query must be an integer array"),
         (lambda: masks.Lengths(key=3), TypeError, "Lengths: key must be an integer array; got 3"),
         (lambda: masks.Predicate(3), TypeError, "mask_mod must be callable; got 3"),

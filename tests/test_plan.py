@@ -110,15 +110,23 @@ def check_parts(shapes, keywords, training, monkeypatch):
     assert measured <= predicted <= 1.3 * measured
 
 
-@pytest.mark.parametrize("n", [2048, 4096, 8192])
-def test_memory_of_parts(n):
+@pytest.mark.parametrize(
+    ("n", "mask"),
+    [
+        (2048, masks.Causal()),
+        (4096, masks.Causal()),
+        (8192, masks.Causal()),
+        (16384, masks.Window(7000, 0)),
+    ],
+)
+def test_memory_of_parts(n, mask):
     """What is added to the scores does not grow with their number."""
     torch = pytest.importorskip("torch")
-    x, bias = torch.ones(1, n, 16), torch.zeros(n, n)
+    x, bias = torch.ones(1, n, 16), torch.zeros(n, 1).expand(n, n)
 
     def call(*arrays):
         own = bias[: arrays[0].shape[-2], : arrays[0].shape[-2]]
-        return (attention(*arrays, bias=own, causal=True, implementation="native"),)
+        return (attention(*arrays, bias=own, mask=mask, implementation="native"),)
 
     peak = memory.extra_bytes(libraries.library("torch"), call, x, x, x)
     assert _partition.BYTES / 4 < peak < 3 * _partition.BYTES
