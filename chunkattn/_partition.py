@@ -63,7 +63,7 @@ class Parts:
 
 def parts_of(request: Request) -> Parts | None:
     """Return how a call is cut; None where the smallest part would be large."""
-    xp, spec = request.xp, request.spec
+    spec = request.spec
     by_batch = bool(getattr(request.data["query_offset"], "shape", ()))
     masks = with_arrays(spec.masks, request.data)
     axes = _axes(request, masks, by_batch)
@@ -71,12 +71,39 @@ def parts_of(request: Request) -> Parts | None:
     asked = not few or spec.n_k > 2 * ROWS  # whether any mask is, which keys it shows
     height = spec.n_q if few else min(spec.n_q, ROWS)
     keys = _most_keys(masks, height, spec.n_k) if asked else spec.n_k
-    folded = _folded(spec, axes)
-    copies = folded if folded > 1 and spec.n_q > 1 and "q" in axes and "h" not in axes else 0
-    room = limit = 8 * BYTES // xp.finfo(spec.compute).bits  # in numbers
+    folded, copies = _folded(spec, axes)
+    limit = 8 * BYTES // request.xp.finfo(spec.compute).bits  # in numbers
+    apart = by_batch or (bool(masks) and spec.heads * spec.n_q * spec.n_k > FEW)
+    block = _block(request, axes, height * (1 + copies), limit, apart)
+    if block is None:
+        return None
+    arrays = (prod(block[:-1]) if "b" in axes else 1) * (
+        block[-1] * spec.group if "h" in axes else 1
+    )
+    whole = spec.n_q * spec.n_k
+    pairs = limit // (arrays * (1 + copies)) if {"q", "k"} <= {*axes} else whole
+    rows = max(height, pairs // spec.n_k)
+    if keys < spec.n_k:  # so many are joined, with the keys of the last ones beside the first's
+        joined = height * (1 + int((WASTE - 1) * keys) // height)
+        rows = min(joined, max(height, pairs // min(spec.n_k, int(WASTE * keys))))
+    one = block == spec.lead and (whole <= pairs if not masks else not asked)
+    cut = replace(spec, schedule=Schedule(spec.n_q if one else height, ROWS, block))
+    return Parts(cut, axes, arrays, folded, copies, keys, min(rows, spec.n_q), one)
+
+
+def _block(
+    request: Request, axes: str, rows: int, limit: int, apart: bool
+) -> tuple[int, ...] | None:
+    """Return how many entries and heads of keys `limit` numbers allow; None where not one.
+
+    What is added takes `rows` for each, with copies, at least.
+    Entries that are `apart`, as they may see other keys, are alone.
+    """
+    spec = request.spec
+    room = limit
     if spec.dtype != spec.compute:
-        room = limit // (2 * spec.n_k * max(request.inputs["query"].shape[-1], spec.d_v))
-    least = prod(n for axis, n in (("q", height), ("k", spec.n_k)) if axis in axes) * (1 + copies)
+        room //= 2 * spec.n_k * max(request.inputs["query"].shape[-1], spec.d_v)
+    least = prod(n for axis, n in (("q", rows), ("k", spec.n_k)) if axis in axes)
     if "h" in axes:
         room = min(room, limit // (spec.group * least))
     elif "b" in axes:
@@ -84,19 +111,9 @@ def parts_of(request: Request) -> Parts | None:
     if not room or least > limit:
         return None
     *batch, heads = block_within(spec.lead, room)
-    if by_batch and "b" in axes:  # what each entry sees may lie far apart
+    if apart and "b" in axes:
         batch = [1] * len(batch)
-    arrays = (prod(batch) if "b" in axes else 1) * (heads * spec.group if "h" in axes else 1)
-    whole = spec.n_q * spec.n_k
-    pairs = limit // (arrays * (1 + copies)) if {"q", "k"} <= {*axes} else whole
-    rows = max(height, pairs // spec.n_k)
-    if keys < spec.n_k:  # so many are joined, with the keys of the last ones beside the first's
-        joined = height * (1 + int((WASTE - 1) * keys) // height)
-        rows = min(joined, max(height, pairs // min(spec.n_k, int(WASTE * keys))))
-    one = (*batch, heads) == spec.lead and (whole <= pairs if not masks else not asked)
-    size = Schedule(spec.n_q if one else height, ROWS, (*batch, heads))
-    cut = replace(spec, schedule=size)
-    return Parts(cut, axes, arrays, folded, copies, keys, min(rows, spec.n_q), one)
+    return *batch, heads
 
 
 def _are_few(spec: Spec) -> bool:
@@ -126,14 +143,17 @@ def _most_keys(masks: tuple[Mask, ...], height: int, n_k: int) -> int:
     return n_k
 
 
-def _folded(spec: Spec, axes: str) -> int:
+def _folded(spec: Spec, axes: str) -> tuple[int, int]:
     """Return of how many heads the queries are given as one head's, so that keys are read once.
 
-    Not where what is added would have to be copied for each query.
+    And how often what is added is copied for that.  They are not where it would have to be copied
+    for each query.
     """
     by_key = "h" in axes and "q" not in axes
-    few = spec.n_q == 1 or (spec.group * spec.n_q <= FOLDED and not by_key)
-    return spec.group if few else 1
+    if spec.n_q > 1 and (spec.group * spec.n_q > FOLDED or by_key):
+        return 1, 0
+    copied = spec.group > 1 and spec.n_q > 1 and "q" in axes and "h" not in axes
+    return spec.group, spec.group if copied else 0
 
 
 def beats_tiles(request: Request, parts: Parts) -> bool:

@@ -215,24 +215,40 @@ def test_the_choice_of_auto(rng, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("heads", "n_q", "n_k", "given", "shapes"),
+    ("batch", "heads", "n_q", "n_k", "given", "shapes"),
     [
-        ((4, 4), 1, 4096, {"mask": Window(99, 0), "query_offset": 2000}, {(4, 1, 100)}),
-        ((4, 2), 2, 4096, {"mask": Window(99, 0), "query_offset": 2000}, {(2, 4, 101)}),
-        ((4, 2), 40, 4096, {"mask": Window(99, 0), "query_offset": 2000}, {(4, 40, 139)}),
-        ((8, 2), 16, 512, {"mask": torch.arange(512) > 300}, {(2, 64, 512)}),
-        ((8, 8), 256, 4096, {"mask": torch.arange(4096) > 3000}, {(8, 256, 1095)}),
-        ((8, 8), 512, 1024, {"causal": True, "query_offset": 0}, {(8, 256, 256), (8, 256, 512)}),
+        ((), (4, 4), 1, 4096, {"mask": Window(99, 0), "query_offset": 2000}, {(4, 1, 100)}),
+        ((), (4, 2), 2, 4096, {"mask": Window(99, 0), "query_offset": 2000}, {(2, 4, 101)}),
+        ((), (4, 2), 40, 4096, {"mask": Window(99, 0), "query_offset": 2000}, {(4, 40, 139)}),
+        ((), (8, 2), 16, 512, {"mask": torch.arange(512) > 300}, {(2, 64, 512)}),
+        ((), (8, 8), 256, 4096, {"mask": torch.arange(4096) > 3000}, {(8, 256, 1095)}),
         (
+            (),
+            (8, 8),
+            512,
+            1024,
+            {"causal": True, "query_offset": 0},
+            {(8, 256, 256), (8, 256, 512)},
+        ),
+        (
+            (2,),
             (2, 2),
             1,
             4096,
             {"mask": Window(99, 0), "query_offset": tensor([100, 4000])},
             {(2, 1, 100)},
         ),
+        (
+            (2,),
+            (8, 8),
+            512,
+            1024,
+            {"mask": Lengths(key=tensor([256, 1024]))},
+            {(8, 512, 256), (8, 512, 1024)},
+        ),
     ],
 )
-def test_what_the_kernel_sees(rng, monkeypatch, heads, n_q, n_k, given, shapes):
+def test_what_the_kernel_sees(rng, monkeypatch, batch, heads, n_q, n_k, given, shapes):
     """Heads, queries and keys: no keys out of sight where a look takes less, few queries as one."""
     calls = []
 
@@ -242,7 +258,6 @@ def test_what_the_kernel_sees(rng, monkeypatch, heads, n_q, n_k, given, shapes):
 
     _call = _parts._call
     monkeypatch.setattr(_parts, "_call", kept)
-    batch = tuple(getattr(given.get("query_offset"), "shape", ()))
     arrays = tokens(rng, (batch, heads, n_q, n_k), torch.float32)
     close(native(*arrays, **given), chunked(*arrays, **given), torch.float32)
     assert {(*x.query.shape[1:3], x.key.shape[2]) for x in calls} == shapes
