@@ -397,10 +397,14 @@ class Adapter:
         called for parts of it, in the compute dtype, that have an array `added` to the scores,
         of shape (b, h, n_q, n_k) or 1 in their place.  A kernel is hashable and has
 
-        ``forward(call, want_lse)``
-            returns ``(out, lse)``, lse of shape (b, h, n_q) or None
+        ``forward(call, names)``
+            returns ``(out, lse)``, lse of shape (b, h, n_q), or None where not among the names
         ``backward(call, out, lse, d_out)``
             returns the gradients of query, key and value; `lse` is None unless ``needs_lse``
+        ``scratch(rows, keys, number, training)``
+            returns what it takes for itself, for `plan`
+        ``reorders(added, folded)``
+            with `adds`: whether it copies what is added, likewise
         """
         raise NotImplementedError
 

@@ -198,9 +198,7 @@ class Adapter(generic.Adapter):
         return _bits.hide(self, x, allowed, fill)
 
     def barrier(self, allowed: Array, dtype: Any) -> Array:
-        """Return the barrier, on a CPU by the bits of numbers, whose zero has none."""
-        if not allowed.is_cpu:
-            return super().barrier(allowed, dtype)
+        """Return the barrier by the bits of numbers, whose zero has none."""
         return _bits.barrier(self, allowed, dtype)
 
     def maximum(self, a: Array, b: Array) -> Array:

@@ -19,6 +19,7 @@ ROWS = 256  # queries whose keys are looked for together
 FEW = 2**20  # scores for which that would take longer than it spares
 FOLDED = 64  # queries of all heads that share a head of keys, up to which they are one head's
 RUNS, PAIRS = 2048, 8192  # keys of a part up to which it takes less time than tiles
+SHORT = 32  # queries, counted likewise, up to which it does so for any number of keys
 WASTE = 9 / 8  # neighbours are one part where that computes at most so many times their scores
 
 
@@ -144,10 +145,9 @@ def _most_keys(masks: tuple[Mask, ...], height: int, n_k: int) -> int:
 
 
 def _folded(spec: Spec, axes: str) -> tuple[int, int]:
-    """Return of how many heads the queries are given as one head's, so that keys are read once.
+    """Return of how many heads the queries are one head's, and how often that copies what is added.
 
-    And how often what is added is copied for that.  They are not where it would have to be copied
-    for each query.
+    So keys are read once for these heads.  Not where what is added would be copied for each query.
     """
     by_key = "h" in axes and "q" not in axes
     if spec.n_q > 1 and (spec.group * spec.n_q > FOLDED or by_key):
@@ -164,7 +164,7 @@ def beats_tiles(request: Request, parts: Parts) -> bool:
     """
     spec = request.spec
     pairs = "bias" in request.inputs or any(isinstance(m, Dense) for m in spec.masks)
-    return spec.group * spec.n_q <= FOLDED // 2 or parts.keys <= (PAIRS if pairs else RUNS)
+    return spec.group * spec.n_q <= SHORT or parts.keys <= (PAIRS if pairs else RUNS)
 
 
 class Run(NamedTuple):

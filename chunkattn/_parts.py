@@ -123,7 +123,8 @@ def _call(tile: Tile, scale: float) -> Plain:
     """Return a part in the terms of kernels.
 
     Few queries of the heads that share a head of keys are given as queries of one head, so that the
-    keys are read once.
+    keys are read once.  A plan goes by `Parts.folded`; here the axes of what is added count, which
+    are fewer where a mask forbids nothing.
     """
     rows, xp, added = tile.rows, tile.xp, _added(tile)
     *batch, heads, n = rows.lead

@@ -96,8 +96,7 @@ class Problem:
         """Return new arrays for results by name.
 
         "out" and "lse"; "low", what `lse` lacks by its rounding; "exact", `out` in the compute
-        dtype.  They are None where `one` task has all of the results, by default where one chunk
-        of queries does.
+        dtype.  They are None where one task has all of the results.
         """
         spec = self.spec
         one = spec.blocks == 1 and spec.n_q == spec.schedule.query_chunk

@@ -55,6 +55,8 @@ class Request:
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _KEPT: dict[Any, Request] = {}  # by what they are made of, without their arrays
 _MOST = 256
+_ARRAYS = ("bias", "query_offset", "key_offset")  # that a request to be kept may have, with masks
+_UNKNOWN = object()
 
 
 def make_request(query: Array, key: Array, value: Array, **given: Any) -> Request:
@@ -66,18 +68,15 @@ def make_request(query: Array, key: Array, value: Array, **given: Any) -> Reques
     """
     mask, rest = given["mask"], given
     form, held = (None, []) if mask is None else _taken_apart(mask)
-    arrays = {}
-    for name in _ARRAYS:
-        x = given[name]
-        if type(x) not in _PLAIN and is_array(x):
-            arrays[name] = x
+    own = ((name, given[name]) for name in _ARRAYS)
+    arrays = {name: x for name, x in own if type(x) not in _PLAIN and is_array(x)}
     if arrays or mask is not None:
         rest = given | dict.fromkeys(("mask", *arrays))
     types = tuple(map(type, rest.values()))
     if form is _UNKNOWN or not _PLAIN.issuperset(types):
         return _checked(query, key, value, **given)
     tokens = {"query": query, "key": key, "value": value}
-    more = [*arrays.items(), *(("mask", x) for mask in held for x in mask.values())]
+    more = [*arrays.items(), *(("mask", x) for one in held for x in one.values())]
     xp = common_adapter([*tokens.items(), *more])
     settings = [xp.setting(query), *(xp.setting(x) for _, x in more)]
     if None in settings:
@@ -103,12 +102,11 @@ def make_request(query: Array, key: Array, value: Array, **given: Any) -> Reques
     return Request(xp, kept.spec, data, inputs, kept.chunks_given, kept.known)
 
 
-_ARRAYS = ("bias", "query_offset", "key_offset")
-_UNKNOWN = object()
-
-
 def _taken_apart(mask: Any) -> tuple[Any, list[dict[str, Array]]]:
-    """Return what tells a mask but for its arrays, and these by field; `_UNKNOWN` if it is new."""
+    """Return what tells masks but for their arrays, and these by field, mask by mask.
+
+    `_UNKNOWN` where masks are functions, of the caller's own, or none at all.
+    """
     cls = type(mask)
     if cls in (Causal, Window):
         return mask, []
