@@ -12,6 +12,9 @@ class TileSizes(NamedTuple):
     those that a mask cuts shrink to `edge` in short calls.  Where a tile is `shared` by all cores,
     each should have heads of its own, or rows where there are not as many heads.
 
+    A call of at most `alone` scores is one tile, since its products keep all cores busy, and tasks
+    that are as small would wait for each other.  Not where gradients follow.
+
     A tile has all batch entries and heads (``"whole"``), as many as fit (``"parts"``), or fewer, so
     that all tiles have as many (``"even"``): these are for a library that traces one of them.
     """
@@ -21,6 +24,7 @@ class TileSizes(NamedTuple):
     elements: int
     least: int
     edge: int
+    alone: int = 0
     shared: bool = False
     batch: Literal["parts", "even", "whole"] = "parts"
 

@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 
 from . import _bits, _threads, generic, numpy_pieces
-from ._sizes import Footprint
+from ._sizes import OF_CPU, Footprint, TileSizes
 from .generic import LOG2_E, SMALL, Array, Index, State
 
 _RUN = 128
+
+# glibc gives memory that is freed back to the system, and has to take it again, page by page, in the
+# next call.  It does so no longer for blocks smaller than one that was freed before.
+np.empty(2**24, np.uint8)
 
 
 class InPlace(generic.Adapter):
@@ -147,6 +151,13 @@ class Adapter(InPlace):
                 f"{name} is a {type(x).__module__}.{type(x).__qualname__}, whose own rules "
                 f"attention would ignore; pass a plain array (numpy.asarray({name}))"
             )
+
+    def tile_sizes(self, like: Array, backward: bool = False) -> TileSizes:
+        """Return the sizes for a CPU whose threads have tasks of their own, in calls not too small.
+
+        BLAS has all of its threads for the products of a call that is one task.
+        """
+        return OF_CPU._replace(alone=2 * OF_CPU.elements)
 
     def at_once(self, count: int) -> int:
         """Return how many threads there are for `count` tasks."""

@@ -65,7 +65,7 @@ the analysis leaves out the n × n scores that this kernel holds."""
 def formulas(n):
     """Return by schedule what it holds beyond inputs and outputs, in bytes."""
     token = ArraySpec((n, memory.WIDTH))
-    with memory._blas_threads(1):
+    with memory.blas_threads(1):
         found = plan(token, token, token).compare([n])
     return dict(zip(SCHEDULES["numpy"], (sizes[0] for _, _, sizes in found.schedules), strict=True))
 

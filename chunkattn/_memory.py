@@ -146,6 +146,7 @@ def _counted(request: Request) -> Counted:
         masks=with_arrays(spec.masks, data),
         d=request.inputs["query"].shape[-1],
         has_bias="bias" in request.inputs,
+        has_sinks="sinks" in request.inputs,
         widens_bias="bias" in request.inputs and request.inputs["bias"].dtype != spec.compute,
         by_batch=bool(getattr(data["query_offset"], "shape", ())),
         threads=xp.at_once(spec.tasks),
@@ -250,7 +251,7 @@ def prepared(
     gradients follow; None: where the library may ask for them.
     """
     limit, wanted = bytes_of(memory_limit), given["implementation"]
-
+    given = given | {"trains": bool(training)}
     request = make_request(*tokens, **given)
     algorithm, why = choose(request, wanted)
     if limit is None:

@@ -154,11 +154,12 @@ def _checked(
     implementation: str,
     streamed: bool = False,
     most: int | None = None,
+    trains: bool = False,
 ) -> Request:
     """Do the work of `make_request`.
 
     A call for a stream has no sinks, which count once at its end, and keeps the compute dtype.
-    A tile has at most `most` scores, where that is given.
+    A tile has at most `most` scores, where that is given.  With `trains` gradients follow.
     """
     choice("layout", layout, LAYOUTS)
     choice("implementation", implementation, IMPLEMENTATIONS)
@@ -204,6 +205,7 @@ def _checked(
         masks,
         score_mod,
         most,
+        trains,
     )
     lifted = None
     calls_back = score_mod is not None or any(isinstance(m, Predicate) for m in masks)

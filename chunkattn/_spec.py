@@ -19,6 +19,7 @@ Cut = tuple[Any, int]  # of an axis: its first entry, which may be traced, and h
 
 
 SMALLEST = 16  # queries or keys of a tile, where memory is limited
+SHARED = 2**14  # scores of a head of keys, from which several cores gain in its products
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def schedule(
     masks: tuple[Mask, ...],
     score_mod: Callable[..., Any] | None,
     most: int | None = None,
+    trains: bool = False,
 ) -> Schedule:
     """Choose the chunks: those asked for, else the library's, shrunk until a tile fits its budget.
 
@@ -136,12 +138,15 @@ def schedule(
 
     Where a library's tiles span the whole batch, their size counts every batch entry.
 
-    A tile has `most` scores, where that is given and chunks of `SMALLEST` allow it.
+    A tile has `most` scores, where that is given and chunks of `SMALLEST` allow it.  With `trains`
+    gradients follow.
     """
     chunks = query_chunk_size, key_chunk_size
     limits = [limit for mask in masks if (limit := mask.tile_limit) is not None]
     others = [512] if score_mod is not None else []
     sizes, backward = xp.tile_sizes(query), xp.tile_sizes(query, backward=True)
+    if trains:
+        sizes, backward = sizes._replace(alone=0), backward._replace(alone=0)
     found = _schedule(sizes, shapes, *chunks, limits, others, most)
     if backward == sizes:
         return found
@@ -183,7 +188,12 @@ def _schedule(
         max(1, min(shapes.n_q, query_chunk_size or rows)),
         max(1, min(shapes.n_k, key_chunk_size or cols)),
     )
-    budget = (sizes.elements if most is None else most) // heads_of_one
+    elements = sizes.elements if most is None else most
+    if not (limits or most or query_chunk_size or key_chunk_size):
+        of_head = heads_of_one * shapes.n_q * shapes.n_k
+        if of_head >= SHARED and prod(lead) * of_head <= sizes.alone:
+            elements = sizes.alone
+    budget = elements // heads_of_one
     if most is not None or whole:
         entries = prod(lead) if whole else 1
         floor = SMALLEST if most is not None else 64

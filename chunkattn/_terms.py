@@ -82,6 +82,7 @@ class Counted:
     masks: tuple[Mask, ...]
     d: int
     has_bias: bool
+    has_sinks: bool
     widens_bias: bool
     by_batch: bool
     threads: int
@@ -119,18 +120,30 @@ class Counted:
         """Whether a query may not see some key."""
         return bool(self.masks) or self.has_bias or self.spec.score_mod is not None
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether summaries of several tiles are added up, or what masks and sinks leave of one."""
+        several = self.spec.schedule.key_chunk < self.spec.n_k
+        return several or bool(self.masks) or self.has_sinks
+
+    @property
+    def is_result(self) -> bool:
+        """Whether a tile's product with values is the call's result itself."""
+        kept = self.spec.layout == "hnd" and not self.widens
+        return self.spec.tasks == 1 and kept and not self.adds_up
+
     def forward(self) -> list[Term]:
         """Return the terms of the forward pass at its fullest moment."""
         spec, own = self.spec, self.footprint
         wide, drops = int(self.widens), int(bool(spec.dropout))
-        product = 1 if self.hides else own.products
+        product = 1 - self.is_result if self.hides or not self.adds_up else own.products
         cut = int(prod(spec.schedule.block) > 1 and spec.schedule.key_chunk < spec.n_k)
         weights = self.term("weights", own.weights + own.powers, *SCORES)
         hashed = self.term("hash for dropout", own.hashes * drops, *SCORES, number=2)
         return [
             self.term("scores", *SCORES),
             self.term("queries, scaled", *ROWS, "d"),
-            self.term("accumulator", *ROWS, "d_v"),
+            self.term("accumulator", int(self.adds_up), *ROWS, "d_v"),
             self.term("sums and maxima", 6, *ROWS),
             self.term("buffers", "threads", own.buffers),
             self.term("objects of Python", own.objects, number=1),

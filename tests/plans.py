@@ -20,6 +20,7 @@ SHAPES = {
     "d_v = 16": {"d_v": 16},
     "8 heads": {"n": 1024, "h": 8},
     "8 heads, 2 of keys": {"n": 1024, "h": 8, "h_k": 2},
+    "short": {"n": 320, "h": 8, "tiles": {}},
     "defaults": {"tiles": {}},
     "defaults, 8 heads": {"n": 1024, "h": 8, "tiles": {}},
     "auto": {"tiles": {}, "implementation": "auto"},

@@ -19,7 +19,7 @@ MODES = pytest.mark.parametrize("training", [False, True], ids=["forward", "trai
 
 
 # The others are as slow as they are many; `benchmarks/predicted.py` prints them all.
-QUICK = {"one head", "8 heads, 2 of keys", "defaults", "auto, 8 heads", "float16", "causal", "bias"}
+QUICK = {"one head", "8 heads, 2 of keys", "short", "defaults", "auto, 8 heads", "float16", "causal", "bias"}
 TWO_THREADS = {"causal", "defaults"}  # each calls until both threads held their most at once
 HALF = {"auto, 16 heads, bfloat16"}  # by a kernel on PyTorch
 
@@ -165,6 +165,22 @@ def test_a_tile_of_torch_has_heads_for_all_threads():
         2: [(1024, 32), (2048, 4)],
         4: [(1024, 16), (4096, 2)],
     }
+
+
+def test_a_small_call_of_numpy_is_one_tile():
+    """BLAS shares its products; not if they are tiny, and not where gradients follow."""
+
+    def tasks(*lead, n=256, **keywords):
+        x = np.zeros((*lead, n, 8), np.float32)
+        return plan(x, x, x, **keywords).tasks
+
+    assert tasks(16) == tasks(2, 8) == 1
+    assert tasks(17) > 1
+    assert tasks(256, n=64) > 1
+    assert tasks(16, training=True) > 1
+    assert tasks(16, causal=True) > 1
+    assert tasks(16, memory_limit="2MiB") > 1
+    assert tasks(16, query_chunk_size=128) > 1
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])

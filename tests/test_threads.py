@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -122,6 +123,29 @@ def test_interrupted(library):
     code = INTERRUPTED.format(library=library)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from chunkattn import attention
+
+x = np.ones((8, 160, 64), np.float32)
+for _ in range(20):
+    attention(x, x, x)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    attention(x, x, x)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc has rules of its own")
+def test_memory_of_small_calls_stays():
+    """What a call frees the next one takes, and no page of it has to be cleared by the system."""
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert float(done.stdout) < 30  # of 500 pages
 
 
 def test_threads_do_not_wait_for_each_others_properties():
