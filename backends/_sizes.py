@@ -60,6 +60,8 @@ class Footprint(NamedTuple):
         Copies that a product makes of an operand whose numbers do not follow each other.
     ordered_from : (int, int) or None
         Rows and multiplications from which a product copies a tile's keys, in one of several tasks.
+    runs_from : int or None
+        Depth from which it adds up results of products of less depth, likewise.
     """
 
     weights: int = 3
@@ -76,6 +78,7 @@ class Footprint(NamedTuple):
     packed: int = 0
     ordered: int = 0
     ordered_from: tuple[int, int] | None = None
+    runs_from: int | None = None
 
 
 # What fills a GPU, and is worth the time that the host takes for a tile.

@@ -16,8 +16,8 @@ from .generic import LOG2_E, SMALL, Array, Index, State
 
 _RUN = 128
 
-# glibc gives memory that is freed back to the system, and has to take it again, page by page, in the
-# next call.  It does so no longer for blocks smaller than one that was freed before.
+# glibc gives memory that is freed back to the system, and the next call has to take it again, page
+# by page.  It does so no longer for blocks that are smaller than one that was freed before.
 np.empty(2**24, np.uint8)
 
 
@@ -133,7 +133,11 @@ class Adapter(InPlace):
 
     def footprint(self, like: Array) -> Footprint:
         """Return what NumPy holds of its own, on this CPU."""
-        return super().footprint(like)._replace(bits=True, ordered_from=_ordered_from())
+        found = super().footprint(like)._replace(bits=True)
+        if not _pieces_are_fast():
+            return found
+        bounds = numpy_pieces.MANY, numpy_pieces.LIMIT
+        return found._replace(ordered_from=bounds, runs_from=numpy_pieces.LONGEST)
 
     @property
     def floats(self) -> dict[str, Any]:
@@ -231,11 +235,6 @@ def _exp2_is_fast() -> bool:
 def _pieces_are_fast() -> bool:
     """Whether NumPy's BLAS is an OpenBLAS with the kernels that `numpy_pieces` is for."""
     return _threads.architectures() == {"SkylakeX"}
-
-
-@cache
-def _ordered_from() -> tuple[int, int] | None:
-    return (numpy_pieces.MANY, numpy_pieces.LIMIT) if _pieces_are_fast() else None
 
 
 @cache

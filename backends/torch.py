@@ -21,7 +21,9 @@ from .torch_autograd import (
     Recorded,
     Watch,
     computed,
+    depends_on_more,
     is_captured,
+    is_fake,
     tensors_in,
 )
 
@@ -95,8 +97,8 @@ class Adapter(generic.Adapter):
         return OF_CPU._replace(cols=cols, elements=elements, shared=True)
 
     def setting(self, like: Array) -> Any:
-        """Return the device, and how many threads PyTorch has."""
-        return like.device, torch.get_num_threads()
+        """Return the device, and how many threads there are; None where lengths may be symbols."""
+        return None if is_fake(like) else (like.device, torch.get_num_threads())
 
     def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
         """Return a tensor of `shape` and `dtype` full of `fill`, on the device of `like`."""
@@ -250,11 +252,22 @@ class Adapter(generic.Adapter):
         sizes: list[Any],
     ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
         """Find the captured tensors by a call that is watched."""
+        records = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
         with torch.no_grad():
             args = example(sizes[0][0], 1, 1)
-            with Watch(args) as watch:
+        with torch.set_grad_enabled(records), Watch(args) as watch:
+            found = function(*args)
+        held = captured = tuple(watch.captured)
+        if any(x.grad_fn is not None for x in captured):
+            with Watch(args) as again:  # what is not there then was made by the function itself
                 function(*args)
-        captured = tuple(watch.captured)
+            held = tuple(x for x in captured if any(x is y for y in again.captured))
+        if depends_on_more(found, held):
+            raise TypeError(
+                "score_mod must not hold tensors that require gradients inside of TorchScript or "
+                "of a custom autograd.Function, where they are not found: pass plain PyTorch code, "
+                "or call attention within torch.no_grad()"
+            )
         return Lifted(function, captured), captured
 
     def pushforward(
@@ -285,7 +298,10 @@ class Adapter(generic.Adapter):
         return tuple(map(found.get, range(len(primals))))
 
     def no_kernel(self, inputs: dict[str, Array]) -> str | None:
-        """Return None: a kernel may take them, wherever they are."""
+        """Look at how they lie in memory; where they are does not matter."""
+        for name in ("query", "key", "value"):
+            if inputs[name].stride(-1) != 1:
+                return "the kernels want contiguous rows"
         return None
 
     def kernel(self, call: Any, adds: bool) -> tuple[Any, bool, str]:

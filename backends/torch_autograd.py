@@ -14,10 +14,17 @@ from torch.overrides import TorchFunctionMode
 
 from .generic import Array
 
+functorch = torch._C._functorch
+
 
 def is_shape(x: Array) -> bool:
     """Whether `x` has no values (on the meta device, or fake), and nothing traces the call."""
-    return (x.is_meta or isinstance(x, FakeTensor)) and get_proxy_mode() is None
+    return (x.is_meta or is_fake(x)) and get_proxy_mode() is None
+
+
+def is_fake(x: Array) -> bool:
+    """Whether `x` has no values and perhaps no known lengths, as PyTorch's compiler traces it."""
+    return isinstance(x, FakeTensor)
 
 
 def is_captured(x: Array) -> bool:
@@ -234,6 +241,7 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         super().__init__()
         self.own = list(own)  # held, so that no number of an object is used twice
         self.known = {id(x) for x in own}
+        self.depth = functorch.maybe_current_level() or 0
         self.captured: list[Array] = []
 
     def __torch_function__(
@@ -246,9 +254,30 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         return result
 
     def _new(self, x: Any) -> list[Array]:
-        found = [y for y in tensors_in(x) if id(y) not in self.known]
+        """Return tensors not seen before, but for those of a `torch.func` within the function."""
+        found = [
+            y
+            for y in tensors_in(x)
+            if id(y) not in self.known and functorch.maybe_get_level(y) <= self.depth
+        ]
         self.known.update(map(id, found))
         return found
+
+
+def depends_on_more(found: Any, captured: tuple[Array, ...]) -> bool:
+    """Whether gradients of a function's result go to tensors that are not `captured`."""
+    known = {id(x) for x in captured} | {id(x.grad_fn) for x in captured if x.grad_fn is not None}
+    left = [found.grad_fn] if isinstance(found, torch.Tensor) and id(found) not in known else []
+    while left:
+        node = left.pop()
+        if node is None or id(node) in known:
+            continue
+        known.add(id(node))
+        variable = getattr(node, "variable", None)  # of a leaf
+        if variable is not None and id(variable) not in known:
+            return True
+        left += [follower for follower, _ in node.next_functions]
+    return False
 
 
 class Exchange(TorchFunctionMode):  # type: ignore[misc]

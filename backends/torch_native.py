@@ -168,11 +168,9 @@ def choose(call: Any, adds: bool) -> tuple[Kernel | InFloat32 | None, bool, str]
     if value.shape[-1] != d:
         return None, False, "the kernels want values as wide as the keys"
     if adds and device not in ("cpu", "meta"):
-        return None, False, "on CPUs alone PyTorch is given a bias, and a mask other than Causal"
+        return None, False, "kernels for GPUs take no bias, and no mask but Causal from 0 on, n x n"
     if device == "cuda" and d % 8:
         return None, False, "the kernels want a width that is a multiple of 8"
-    if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
-        return None, False, "the kernels want contiguous rows"
     if causal and is_captured(query):
         return None, False, "no look at a kernel's result is captured for a CUDA graph"
     if is_shape(query):

@@ -84,10 +84,11 @@ def attention(
         Bound that the scores approach smoothly; positive.
     score_mod : callable(score, b, h, q_idx, kv_idx), optional
         Returns the scores to use, each from that one score and its place.  It is called once per
-        tile (on PyTorch and JAX also to find out which arrays it captures): `score` is the tile of
-        shape (…, h, queries, keys), the others are integer arrays that broadcast against it: the
-        row-major number of the batch entry, the query head, and the positions.  A `ScoreMod` where
-        derivatives are asked for on a library that cannot differentiate a function.
+        tile, on JAX once per shape of a tile, which is traced; and again for derivatives, where
+        values are not finite, and on PyTorch and JAX to find out which arrays it captures.  `score`
+        is the tile of shape (…, h, queries, keys), the others are integer arrays that broadcast
+        against it: the row-major number of the batch entry, the query head, and the positions.
+        Derivatives on a library that cannot differentiate a function need a `ScoreMod`.
     sinks : array of shape (h,), optional
         For each query head the score of a key without a value, which takes its part of the weight;
         any floating dtype.
@@ -161,7 +162,8 @@ def attention(
     Notes
     -----
     Memory beside inputs and outputs is one tile of scores (per thread) of
-    ``query_chunk_size × key_chunk_size``, whatever `n_q` and `n_k` are.
+    ``query_chunk_size × key_chunk_size``, whatever `n_q` and `n_k` are; `Segments` and boolean
+    arrays take some bytes for each key, and PyTorch's kernels keep an `lse`.  `plan` counts it all.
 
     A NaN or inf in a visible key or value reaches the queries that see it and no other: not even a
     NaN in `value` behind a mask, which a plain product would carry over as ``0 · NaN``.

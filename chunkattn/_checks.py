@@ -30,6 +30,10 @@ def common_dtype(xp: Any, tokens: dict[str, Array]) -> Any:
 def compute_dtype_of(xp: Any, dtype: Any, wanted: Any) -> Any:
     """Return the dtype of scores, sums and lse."""
     floats = xp.floats
+    if is_array(wanted):
+        raise TypeError(
+            f"compute_dtype must be a dtype or its name; got an array of {wanted.dtype}"
+        )
     if wanted is None:
         return dtype if dtype == floats.get("float64") else floats["float32"]
     for name in ("float32", "float64"):
@@ -85,8 +89,12 @@ def seed_of(xp: Any, seed: Any) -> Any:
     seed = index("dropout_seed", seed, xp)
     if not hasattr(seed, "shape"):
         return seed_words(seed)
-    wide = seed.dtype in (xp.int64, getattr(xp, "uint64", None))
-    return xp.astype(seed, xp.int32), xp.astype(seed >> 32, xp.int32) if wide else 0
+    if any(seed.dtype == getattr(xp, name, None) for name in ("int64", "uint64")):
+        seed = xp.astype(seed, xp.int64)  # PyTorch shifts no uint64
+        return xp.astype(seed, xp.int32), xp.astype(seed >> 32, xp.int32)
+    low = xp.astype(seed, xp.int32)
+    unsigned = any(seed.dtype == getattr(xp, f"uint{bits}", None) for bits in (8, 16, 32))
+    return low, 0 if unsigned else low >> 31  # the sign, as in a wider seed
 
 
 def _number(name: str, x: Any, limit: float = math.inf, kind: str = "finite") -> float:
@@ -148,5 +156,5 @@ def positive(name: str, x: Any) -> int | None:
 
 def choice(name: str, x: Any, allowed: tuple[str, ...]) -> None:
     """Refuse an `x` that is not one of `allowed`."""
-    if x not in allowed:
+    if not isinstance(x, str) or x not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {x!r}")

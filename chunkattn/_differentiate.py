@@ -30,7 +30,8 @@ def attention_vjp(
     query, key, value : array
         As in `attention`.
     **keywords
-        Those of `attention`, with the same meaning.
+        Those of `attention`, with the same meaning.  "auto" is always the tiles, and "native" is
+        refused.
 
     Returns
     -------
@@ -47,6 +48,8 @@ def attention_vjp(
     TypeError, ValueError
         As `attention`; also where `score_mod` is not a `ScoreMod` and the library cannot
         differentiate a function itself, and by `vjp` for arrays that do not fit.
+    NotImplementedError
+        If `implementation` is "native".
 
     See Also
     --------
@@ -112,7 +115,8 @@ def attention_jvp(
     d_bias, d_sinks : array, optional
         The directions in which `bias` and `sinks` move; default zero.
     **keywords
-        Those of `attention`, with the same meaning.
+        Those of `attention` but `memory_limit`, with the same meaning.  "auto" is always the tiles,
+        and "native" is refused.
 
     Returns
     -------
@@ -126,6 +130,8 @@ def attention_jvp(
     TypeError, ValueError
         As `attention`; also for tangents that do not fit, and where `score_mod` is not a `ScoreMod`
         and the library cannot differentiate a function itself.
+    NotImplementedError
+        If `implementation` is "native".
 
     See Also
     --------

@@ -67,7 +67,8 @@ def kept(tile: Any, rate: float) -> Array:
 
     key = threefry(tile.rows.problem.dropout_seed, (lane(tile.b), lane(tile.h)))
     start = tile.start + tile.rows.key_offset
-    pairs = lane(xp.index(tile.rows.query, tile.size // 2 + 1) + start // 2)
+    pairs = xp.index(tile.rows.query, tile.size // 2 + 1) + start // 2
+    pairs = tile.rows.problem.aligned(lane(pairs))
 
     def kept_word(word: Array) -> Array:
         word >>= 32 - BITS

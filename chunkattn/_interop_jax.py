@@ -133,7 +133,7 @@ def dot_product_attention(
         masks += (_window(local_window_size),)
     if any(x is not None for x in lengths.values()):
         masks += (Lengths(query_seq_lengths, key_value_seq_lengths),)
-    out, lse = attention(
+    found = attention(
         **tokens,
         scale=scale,
         causal=is_causal,
@@ -142,12 +142,15 @@ def dot_product_attention(
         query_offset=0,
         layout="nhd",
         implementation=_IMPLEMENTATIONS.get(implementation, implementation),
-        return_lse=True,
+        return_lse=return_residual,
     )
+    out, lse = found if return_residual else (found, None)
+    batched = len(query.shape) == 4
+    out = out if batched else out[0, ...]
+    if lse is None:
+        return out
     residual = xp.matrix_transpose(xp.cast(lse, out.dtype))
-    if len(query.shape) == 3:
-        out, residual = out[0, ...], residual[0, ...]
-    return (out, residual) if return_residual else out
+    return out, residual if batched else residual[0, ...]
 
 
 def _batched(xp: Any, tokens: dict[str, Array]) -> dict[str, Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -124,3 +124,13 @@ class Mask:
     def tile_limit(self) -> int | None:
         """The size from which a tile would cover much that is not seen; None: no such size."""
         return None
+
+
+def with_fields(mask: Mask, changed: dict[str, Any]) -> Mask:
+    """Return a mask with other values of some fields, which its class is not asked about again."""
+    if not changed:
+        return mask
+    found = object.__new__(type(mask))
+    for name in (field.name for field in fields(mask)):
+        object.__setattr__(found, name, changed[name] if name in changed else getattr(mask, name))
+    return found

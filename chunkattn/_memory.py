@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import starmap
 from math import prod
+from numbers import Integral
 from typing import Any
 
+from ._array_masks import axes_of_pairs
 from ._calculus import RESULTS
 from ._native import Native
 from ._partition import Parts
+from ._plain import is_folded
 from ._problem import with_arrays
 from ._request import Request, make_request
 from ._spec import SMALLEST
@@ -33,23 +36,23 @@ def bytes_of(memory_limit: Any) -> int | None:
 
     Examples
     --------
-    >>> bytes_of("64MB"), bytes_of("1.5 MiB"), bytes_of(4096)
-    (64000000, 1572864, 4096)
+    >>> bytes_of("64MB"), bytes_of("1.5 MiB"), bytes_of("64KiB"), bytes_of(4096)
+    (64000000, 1572864, 65536, 4096)
     """
     if memory_limit is None:
         return None
     limit = memory_limit
     if isinstance(limit, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?i?B)\s*", limit)
-        unit = _UNITS.get(found[2]) if found else None
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?i?B)\s*", limit)
+        unit = _UNITS.get(found[2].replace("K", "k")) if found else None
         limit = int(float(found[1]) * unit) if found and unit else None
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        kind = ValueError if isinstance(memory_limit, int | float | str) else TypeError
+    if not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1:
+        kind = ValueError if isinstance(memory_limit, Integral | float | str) else TypeError
         raise kind(
             "memory_limit must be a positive number of bytes: an int, or a string like '64MB' "
             f"(10^6 bytes) or '64MiB' (2^20); got {memory_limit!r}"
         )
-    return limit
+    return int(limit)
 
 
 @dataclass(frozen=True)
@@ -141,13 +144,14 @@ def _compiled(request: Request, algorithm: Any, training: bool) -> int | None:
 
 def _counted(request: Request) -> Counted:
     xp, spec, data = request.xp, request.spec, request.data
+    bias = request.inputs.get("bias")
     return Counted(
         spec=spec,
         masks=with_arrays(spec.masks, data),
         d=request.inputs["query"].shape[-1],
-        has_bias="bias" in request.inputs,
+        bias_axes=None if bias is None else axes_of_pairs(bias),
         has_sinks="sinks" in request.inputs,
-        widens_bias="bias" in request.inputs and request.inputs["bias"].dtype != spec.compute,
+        widens_bias=bias is not None and bias.dtype != spec.compute,
         by_batch=bool(getattr(data["query_offset"], "shape", ())),
         threads=xp.at_once(spec.tasks),
         footprint=xp.footprint(request.inputs["query"]),
@@ -162,9 +166,10 @@ def _of_kernel(request: Request, algorithm: Native, counted: Counted, training: 
         return _of_parts(request, algorithm.parts, algorithm, counted, training)
     spec, kernel = request.spec, algorithm.kernel
     lse = 2 if training else int(not algorithm.return_lse)
-    heads, n_q = spec.heads, spec.n_q
-    if spec.group > 1 and not algorithm.causal:
+    heads, n_q, copies = spec.heads, spec.n_q, 0
+    if is_folded(spec, algorithm.causal):
         heads, n_q = spec.key_heads, spec.group * spec.n_q
+        copies = (2 + 3 * training) * (spec.n_q > 1)  # of arrays whose heads are not side by side
     batch = prod(spec.batch)
     shapes = (batch, heads, n_q, spec.d_v), (batch, spec.key_heads, spec.n_k, counted.d)
     exact = int(training and algorithm.exact)
@@ -172,6 +177,7 @@ def _of_kernel(request: Request, algorithm: Native, counted: Counted, training: 
         *starmap(Term, kernel.scratch(*shapes, counted.number, training)),
         counted.term("lse", lse, "all_heads", "n_q"),
         counted.term("saved: out, not rounded", exact, "all_heads", "n_q", "d_v"),
+        counted.term("queries of heads, and the like", copies, "all_heads", "n_q", "d"),
     ]
     return [term for term in found if term.bytes]
 

@@ -82,7 +82,10 @@ key_chunk_size, compute_dtype
     ) -> None:
         self._query, self._layout = query, layout
         self._xp = common_adapter([("query", query)])
-        self._next_key = index("key_offset", key_offset, self._xp)
+        first = index("key_offset", key_offset, self._xp)
+        if hasattr(first, "shape"):  # the sums with numbers of keys may need more bits
+            first = self._xp.cast(first, self._xp.index_dtype)
+        self._next_key = first
         self._sinks = sinks
         self._summary: tuple[Array, ...] | None = None
         self._spec: Spec | None = None

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ._array_masks import axes_of_pairs
 from ._loops import seen
+from ._plain import FOLDED
 from ._problem import Problem, with_arrays
 from ._request import Request
 from ._spec import Cut, Schedule, Spec, block_within
@@ -17,7 +18,6 @@ from .masks import Dense, Mask, Window
 BYTES = 2**24  # of what is added to the scores of a part, and of its keys in the compute dtype
 ROWS = 256  # queries whose keys are looked for together
 FEW = 2**20  # scores for which that would take longer than it spares
-FOLDED = 64  # queries of all heads that share a head of keys, up to which they are one head's
 RUNS, PAIRS = 2048, 8192  # keys of a part up to which it takes less time than tiles
 SHORT = 32  # queries, counted likewise, up to which it does so for any number of keys
 WASTE = 9 / 8  # neighbours are one part where that computes at most so many times their scores

@@ -14,8 +14,8 @@ from operator import and_
 from typing import Any
 
 from ._calculus import RESULTS
-from ._partition import FOLDED, Parts, runs
-from ._plain import Plain, like
+from ._partition import Parts, runs
+from ._plain import FOLDED, Plain, like
 from ._problem import Problem, heads_first, to_heads
 from ._sums import Sums, add_part, add_rows
 from ._tiles import Rows, Tile

@@ -10,6 +10,8 @@ from ._spec import Spec
 
 Array = Any
 
+FOLDED = 64  # queries of all heads that share a head of keys, up to which they are one head's
+
 
 class Plain(NamedTuple):
     """A call that kernels know: arrays (b, h, n, d), perhaps fewer heads of key and value."""
@@ -27,9 +29,17 @@ def plain(xp: Any, spec: Spec, inputs: dict[str, Array], causal: bool, scale: fl
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     if not _is_plain(spec):
         query, key, value = (four(xp, spec, x) for x in (query, key, value))
-    if spec.group > 1 and not causal:  # the queries of a group are as good as queries of one head
+    if is_folded(spec, causal):
         query = like(xp, query, (*key.shape[:2], spec.group * spec.n_q, query.shape[-1]))
     return Plain(query, key, value, causal, scale)
+
+
+def is_folded(spec: Spec, causal: bool) -> bool:
+    """Whether the few queries of a group of heads are given as those of one head.
+
+    So keys are read once for these heads.
+    """
+    return spec.group > 1 and not causal and spec.group * spec.n_q <= FOLDED
 
 
 def _is_plain(spec: Spec) -> bool:

@@ -91,6 +91,9 @@ def plan(
     limit, return_lse = given.pop("memory_limit"), given.pop("return_lse")
     reports = given.pop("progress") not in (None, False)
     tokens = tuple(given.pop(name) for name in ("query", "key", "value"))
+    for name, x in zip(("query", "key", "value"), tokens, strict=True):
+        if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            raise TypeError(f"{name} must be an array or an ArraySpec; got {type(x).__name__}")
 
     choose = partial(operation, return_lse=return_lse, reports=reports)
 
@@ -228,9 +231,12 @@ class Plan:
         -------
         Comparison
             Bytes of scores, weights and summaries of: textbook attention, the schedule of Rabe &
-            Staats with √n and with 4,096 keys to a chunk, and this plan's.
+            Staats with √n and with 4,096 keys to a chunk, and this plan, where what its tiles take
+            does not grow with the lengths (it does with gradients, say, and with kernels).
         """
         chosen = [2**i for i in range(10, 21)] if lengths is None else list(lengths)
+        if not chosen:
+            raise ValueError("lengths must not be empty")
         return Comparison(tuple(chosen), tuple(self._schedules(chosen)))
 
     def _schedules(self, lengths: Sequence[int]) -> Iterable[tuple[str, str, tuple[int, ...]]]:
@@ -253,7 +259,13 @@ class Plan:
         yield column("textbook", textbook)
         yield column("paper, √n keys", lambda n: stacked(n, isqrt(n - 1) + 1, "√n"))
         yield column("paper, 4096 keys", lambda n: stacked(n, PAPER_KEYS, str(PAPER_KEYS)))
-        yield column("this plan", lambda n: Term("", "as above", self.peak_bytes))
+        if self.implementation == "chunked" and not any(map(_grows, self.terms)):
+            yield column("this plan", lambda n: Term("", "the peak of its terms", self.peak_bytes))
+
+
+def _grows(term: Term) -> bool:
+    """Whether a term's size depends on the lengths."""
+    return bool({"n_q", "n_k"} & set(term.formula.split()))
 
 
 @dataclass(frozen=True)

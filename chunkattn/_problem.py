@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from itertools import starmap
 from typing import Any
 
 from ._cached import cached_property
+from ._mask import with_fields
 from ._spec import Spec
 from .masks import Mask
 
@@ -50,7 +51,7 @@ def heads_first(xp: Any, form: Any, x: Array) -> Array:
 
 def with_arrays(masks: tuple[Mask, ...], data: dict[str, Any]) -> tuple[Mask, ...]:
     """Return the masks of a `Spec` with their arrays, which are in the data of the call."""
-    return tuple(replace(mask, **held) for mask, held in zip(masks, data["masks"], strict=True))
+    return tuple(starmap(with_fields, zip(masks, data["masks"], strict=True)))
 
 
 class Problem:

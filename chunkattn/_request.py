@@ -19,6 +19,7 @@ from ._checks import (
     seed_of,
     softcap_of,
 )
+from ._mask import with_fields
 from ._shapes import Shapes, check_floats, is_float, shapes_of
 from ._spec import Spec, schedule
 from .masks import Causal, Dense, Lengths, Mask, Predicate, Segments, Window
@@ -193,7 +194,7 @@ def _checked(
         check_positions(xp, name, first, n)
     known = isinstance(offset, int) and isinstance(key_offset, int)
     if known and offset - key_offset >= shapes.n_k - 1:  # every query sees every key
-        masks = tuple(m for m in masks if not isinstance(m, Causal))
+        masks = tuple(m for m in masks if type(m) is not Causal)
     data = {"query_offset": offset, "key_offset": key_offset}
     inputs = {**tokens}
     size = schedule(
@@ -211,7 +212,9 @@ def _checked(
     calls_back = score_mod is not None or any(isinstance(m, Predicate) for m in masks)
     if calls_back and 0 not in (*shapes.lead, shapes.n_q, shapes.n_k):  # no tile, no call
         whole = [((*shapes.batch, shapes.heads), shapes.n_q, shapes.n_k)]
-        tiles = whole if implementation == "standard" else size.tiles(xp, shapes)
+        tiles = size.tiles(xp, shapes)  # those of derivatives, too
+        if implementation == "standard":
+            tiles += whole
         examples = Examples(xp, query, data, tiles)
         masks = tuple(examples.lift_mask(m) if isinstance(m, Predicate) else m for m in masks)
         if score_mod is not None:
@@ -226,7 +229,7 @@ def _checked(
         softcap=softcap_of(xp, softcap, compute),
         score_mod=lifted,
         dropout=dropout_rate(dropout, dropout_seed),
-        masks=tuple(replace(m, **dict.fromkeys(_held(m))) for m in masks),
+        masks=tuple(with_fields(m, dict.fromkeys(_held(m))) for m in masks),
         schedule=size,
         standard=implementation == "standard",
     )
@@ -254,6 +257,11 @@ def _masks(causal: bool, mask: Any) -> tuple[Mask, ...]:
         if isinstance(one, Mask):
             if "__dataclass_fields__" not in vars(type(one)):  # equality and hash would be Mask's
                 raise TypeError(f"mask: {type(one).__name__} must be a frozen dataclass")
+            if isinstance(one, Predicate) and type(one) is not Predicate:
+                raise TypeError(
+                    f"mask: {type(one).__name__} must derive from Mask, not from Predicate, which "
+                    "is its function alone"
+                )
             masks.append(one)
         elif is_array(one):
             masks.append(Dense(one))

@@ -89,7 +89,7 @@ def shapes_of(tokens: dict[str, Array], layout: str) -> Shapes:
             f"key and value must have the same length n_k and the same number of heads; {got()}"
             f" in layout {layout!r}"
         )
-    if q[h] != k[h] and (k[h] == 0 or q[h] % k[h]):
+    if q[h] != k[h] and (0 in (q[h], k[h]) or q[h] % k[h]):
         raise ValueError(
             f"the heads of query ({q[h]}) must be a multiple of those of key and value ({k[h]}); "
             f"{got()} in layout {layout!r}"

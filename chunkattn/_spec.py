@@ -220,6 +220,7 @@ def block_within(lead: tuple[int, ...], room: int, even: bool = False) -> tuple[
     block = []
     for n in reversed(lead):
         size = max(1, min(n, room))
+        size = -(-n // -(-n // size)) if n else size  # of as many blocks, about as large
         while even and n % size:
             size -= 1
         block.append(size)

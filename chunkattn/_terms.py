@@ -73,15 +73,16 @@ def total(terms: Iterable[Term]) -> int:
 class Counted:
     """A call whose memory is counted.
 
-    `masks` have their arrays; `d` is the width of queries; `widens_bias` says whether the bias is
-    cast to the compute dtype; `footprint` is the adapter's; `by_batch` says whether the query
+    `masks` have their arrays; `d` is the width of queries; `bias_axes` are those of the bias that
+    do not broadcast, None where there is none; `widens_bias` says whether it is cast to the compute
+    dtype; `footprint` is the adapter's; `by_batch` says whether the query
     offset differs from batch entry to batch entry; `threads` is the number of tasks at a time.
     """
 
     spec: Spec
     masks: tuple[Mask, ...]
     d: int
-    has_bias: bool
+    bias_axes: str | None
     has_sinks: bool
     widens_bias: bool
     by_batch: bool
@@ -116,6 +117,11 @@ class Counted:
         return self.given != self.number
 
     @property
+    def has_bias(self) -> bool:
+        """Whether there is a bias."""
+        return self.bias_axes is not None
+
+    @property
     def hides(self) -> bool:
         """Whether a query may not see some key."""
         return bool(self.masks) or self.has_bias or self.spec.score_mod is not None
@@ -137,6 +143,7 @@ class Counted:
         spec, own = self.spec, self.footprint
         wide, drops = int(self.widens), int(bool(spec.dropout))
         product = 1 - self.is_result if self.hides or not self.adds_up else own.products
+        product += self._in_runs(spec.tasks, spec.schedule.key_chunk)
         cut = int(prod(spec.schedule.block) > 1 and spec.schedule.key_chunk < spec.n_k)
         weights = self.term("weights", own.weights + own.powers, *SCORES)
         hashed = self.term("hash for dropout", own.hashes * drops, *SCORES, number=2)
@@ -167,11 +174,13 @@ class Counted:
 
     def standard(self) -> list[Term]:
         """Return the terms of textbook attention's forward pass."""
+        hashes = self.footprint.hashes * bool(self.spec.dropout)
         return [
             self.term("scores, less their maxima, weights", 3, "all_heads", "n_q", "n_k"),
             self.term("sums and maxima", 6, "all_heads", "n_q"),
             self.term("queries, scaled", "all_heads", "n_q", "d"),
             self.term("accumulator", "all_heads", "n_q", "d_v"),
+            self.term("hash for dropout", hashes, "all_heads", "n_q", "n_k", number=2),
             self.term("objects of Python", self.footprint.objects, number=1),
         ]
 
@@ -191,16 +200,24 @@ class Counted:
         wide, unseen, drops = int(self.widens), int(self.hides), int(bool(spec.dropout))
         visible = self.term("visible pairs", unseen, *SCORES, number=1)
         rounded = [name for name in wanted if name in GRADIENTS and self.widens]
-        tiles = [
-            self.term("weights and their gradient", 2 + own.powers, *SCORES),
-            self.term("scores before score_mod", int(chained), *SCORES),
-            self.term("weights that dropout keeps", drops, *SCORES, number=1),
+        runs = self._in_runs(spec.blocks, spec.group * spec.schedule.query_chunk)
+        slopes = 4 * int(spec.score_mod is not None)
+        swapped = 2 * int(spec.layout == "nhd" and spec.group > 1)
+        always = [
             self.term("queries, scaled", *ROWS, "d"),
-            self.term("gradient of queries", *ROWS, "d"),
             self.term("gradient of out", *ROWS, "d_v"),
+            self.term("queries of heads, and the like", swapped, *ROWS, width),
             self.term("sums", 8, *ROWS),
             self.term("buffers", "threads", own.buffers),
             self.term("objects of Python", own.objects, number=1),
+        ]
+        before = [*always, self.term("out times its gradient, and the like", 4, *ROWS, "d_v")]
+        tiles = [
+            *always,
+            self.term("weights and their gradient", 2 + own.powers, *SCORES),
+            self.term("scores before score_mod", int(chained), *SCORES),
+            self.term("weights that dropout keeps", drops, *SCORES, number=1),
+            self.term("gradient of queries", *ROWS, "d"),
             *fullest(
                 *self._functions(),
                 [
@@ -212,6 +229,7 @@ class Counted:
                 [visible, self.term("inverted", own.inverses * unseen, *SCORES, number=1)],
                 [visible, self.term("hash for dropout", own.hashes * drops, *SCORES, number=2)],
                 [visible, self.term("derivative of the softcap", int(chained), *SCORES)],
+                [visible, self.term("derivative of score_mod, and the like", slopes, *SCORES)],
                 [
                     visible,
                     self.term("keys made finite", 2 * unseen, *KEYS, width),
@@ -227,7 +245,7 @@ class Counted:
                     visible,
                     self.term("values, widened", wide, *KEYS, "d_v"),
                     self.term("rows made finite", unseen, *ROWS, width),
-                    self.term("product for keys", *KEYS, width),
+                    self.term("product for keys", 1 + runs, *KEYS, width),
                     self.term("weights, transposed", own.ordered, *SCORES),
                 ],
             ),
@@ -243,6 +261,7 @@ class Counted:
             ),
             *fullest(
                 tiles,
+                before,
                 *(
                     [self.term(f"gradient of {name}, rounded", *GRADIENTS[name], number=self.given)]
                     for name in rounded
@@ -286,16 +305,21 @@ class Counted:
             copies = rows >= bounds[0] and rows * sizes.key_chunk * depth > bounds[1]
         return self.term("keys or values in another order", int(copies), *KEYS, width)
 
+    def _in_runs(self, tasks: int, depth: int) -> int:
+        """Return how many arrays more a product of this depth takes."""
+        bound = self.footprint.runs_from
+        return int(tasks > 1 and bound is not None and depth > bound)
+
     def _functions(self) -> Iterable[list[Term]]:
         """Yield the moments in which masks and functions of the caller are evaluated."""
-        axes = {"b": "batch", "h": "heads", "q": "query_chunk", "k": "key_chunk"}
+        if self.bias_axes is not None:
+            sizes = _sizes(self.bias_axes)
+            yield [self.term("bias, widened", int(self.widens_bias), "threads", *sizes)]
         for mask in self.masks:
-            letters = mask.tile_axes
-            if "h" in letters:  # where batch entries are counted, too
-                letters = letters.replace("b", "")
-            elif mask.aligned and self.by_batch:
-                letters = "b" + letters.replace("b", "")
-            sizes = [axes[letter] for letter in letters]
+            axes = mask.tile_axes
+            if mask.aligned and self.by_batch and "b" not in axes:
+                axes = "b" + axes
+            sizes = _sizes(axes)
             made, own = mask.tile_arrays, self.footprint
             name = f"mask: {type(mask).__name__.removeprefix('Lifted')}"
             pairs = self.term(name, *sizes, number=1).bytes
@@ -313,7 +337,15 @@ class Counted:
                 told = f"{name}, the range of keys"
                 yield [self.term(told, mask.key_arrays, "threads", "batch", "n_k", number=1)]
         if self.spec.score_mod is not None:
-            yield [self.term("result of score_mod", *SCORES)]
+            yield [self.term("result of score_mod, and a copy", 2, *SCORES)]
+
+
+def _sizes(axes: str) -> list[str]:
+    """Return the sizes of a tile along the axes "b", "h", "q" and "k"."""
+    names = {"b": "batch", "h": "heads", "q": "query_chunk", "k": "key_chunk"}
+    if "h" in axes:  # where batch entries are counted, too
+        axes = axes.replace("b", "")
+    return [names[axis] for axis in axes]
 
 
 def fullest(*moments: list[Term]) -> list[Term]:

@@ -212,9 +212,9 @@ def flex_attention(
     value : array of shape (B, H_k, n_k, d_v)
         Values.
     score_mod : callable(score, b, h, q_idx, kv_idx), optional
-        Returns the scores to use.  It is called once per tile: `score` is the tile of scaled
-        products, of shape (B, H, queries, keys), and the others are integer arrays that broadcast
-        against it.
+        Returns the scores to use.  It is called as that of `chunkattn.attention` is, once per tile
+        and for some purposes again: `score` is the tile of scaled products, of shape (B, H,
+        queries, keys), and the others are integer arrays that broadcast against it.
     mask_mod : callable(b, h, q_idx, kv_idx), optional
         Returns which pairs may attend, as booleans: what FlexAttention takes inside a block mask.
     scale : float, optional
@@ -251,8 +251,10 @@ def flex_attention(
     >>> flex_attention(q, k, v, score_mod=alibi, mask_mod=causal).shape
     (2, 4, 100, 8)
     """
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if len(getattr(x, "shape", (1,) * 4)) != 4:
+    tokens = {"query": query, "key": key, "value": value}
+    common_adapter(tokens.items())
+    for name, x in tokens.items():
+        if len(x.shape) != 4:
             raise ValueError(f"{name} must have four axes, (B, H, n, d); got {tuple(x.shape)}")
     if not enable_gqa and query.shape[-3] != key.shape[-3]:
         raise ValueError(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._array_masks import Dense, Segments
 from ._mask import Mask, Range
+from ._shapes import broadcast
 
 if TYPE_CHECKING:
     from ._shapes import Shapes
@@ -253,9 +254,10 @@ class Predicate(Mask):
     Parameters
     ----------
     mask_mod : callable(b, h, q_idx, kv_idx)
-        FlexAttention's signature.  It is called once per tile, with integer arrays of the caller's
-        library that broadcast against (…, h, queries, keys): the row-major number of the batch
-        entry, the query head, and the positions of query and key.  It returns a boolean array.
+        FlexAttention's signature.  It is called as a `score_mod` of `attention` is, once per tile
+        and for some purposes again, with integer arrays of the caller's library that broadcast
+        against (…, h, queries, keys): the row-major number of the batch entry, the query head, and
+        the positions of query and key.  It returns a boolean array that does so, too.
 
     Notes
     -----
@@ -289,6 +291,12 @@ class Predicate(Mask):
         if not hasattr(allowed, "dtype") or not tile.xp.is_bool(allowed.dtype):
             got = getattr(allowed, "dtype", type(allowed).__name__)
             raise TypeError(f"mask: mask_mod must return a boolean array; got {got}")
+        shape = (*tile.rows.lead, tile.size)
+        if broadcast([tuple(allowed.shape), shape]) != shape:
+            raise ValueError(
+                f"mask: mask_mod must return an array that broadcasts to {shape}; got "
+                f"{tuple(allowed.shape)}"
+            )
         return allowed
 
     def of(self, *place: Array) -> Array:

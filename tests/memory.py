@@ -40,8 +40,8 @@ def extra_bytes(lib, function, *args, threads=1, **kwargs):
     if lib.name.startswith("jax"):
         return _of_jax(function, args, kwargs)
     measures = {"torch": of_torch_cpu, "torch-cuda": _of_cuda, "cupy": _of_cupy}
-    measure = measures.get(lib.name, _of_numpy)
-    limits = {_of_numpy: blas_threads, of_torch_cpu: torch_threads}
+    measure = measures.get(lib.name, of_numpy)
+    limits = {of_numpy: blas_threads, of_torch_cpu: torch_threads}
     with limits.get(measure, nullcontext)(threads):
         function(*(x[:8, :] for x in args))  # what a first call loads is no part of it
         gc.collect()
@@ -72,7 +72,7 @@ def torch_threads(count):
         torch.set_num_threads(before)
 
 
-def _of_numpy(call):
+def of_numpy(call):
     tracemalloc.start()
     try:
         results = call()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from array_api_compat import array_namespace
 
-from chunkattn import attention
+from chunkattn import attention, attention_vjp
 from chunkattn._adapters import adapter_of
 from chunkattn.interop import flex_attention
 
@@ -236,8 +236,25 @@ def test_refused(lib, rng):
     four = q[None, ...]
     with pytest.raises(ValueError, match="query must have four axes"):
         flex_attention(q, q, q)
+    with pytest.raises(TypeError, match="query must be an array"):
+        flex_attention([1.0], four, four)
     with pytest.raises(ValueError, match="pass enable_gqa=True"):
         flex_attention(four, four[:, :1, ...], four[:, :1, ...])
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_derivatives_of_the_textbook(name, rng):
+    """They are those of tiles, of other sizes than the whole that the function was tried on."""
+    lib = libraries.library(name)
+    q, k, v = (lib.asarray(rng.standard_normal((2, n, 8))) for n in (600, 700, 700))
+    gradients = [
+        attention_vjp(
+            q, k, v, score_mod=lambda s, b, h, i, j: 2 * s, mask=lambda b, h, i, j: i >= j,
+            query_offset=100, implementation=implementation,
+        )[1](q)["key"]
+        for implementation in ("standard", "chunked")
+    ]  # fmt: skip
+    np.testing.assert_allclose(*map(lib.numpy, gradients), atol=1e-5)
 
 
 def test_traced_captures(rng):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -135,6 +135,14 @@ def test_segments(check, rng, tokens, kind):
 
 
 @pytest.mark.feature("Segments, sorted or not")
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "uint64", "int8"])
+def test_segments_of_every_integer(check, rng, tokens, kind):
+    queries, keys = (np.sort(rng.integers(0, 5, (B, n))).astype(kind) for n in (N_Q, N_K))
+    allowed = (queries[..., :, None] == keys[..., None, :]).reshape(-1, 1, N_Q, N_K)
+    check_mask(check, tokens, masks.Segments, [queries, keys], allowed)
+
+
+@pytest.mark.feature("Segments, sorted or not")
 def test_segments_of_one_sequence(check, rng, tokens):
     """Keys take the queries' ids; with a causal mask, packed documents."""
     _, k, v = tokens
@@ -211,6 +219,60 @@ def test_own_mask(check, tokens):
     )
 
 
+@dataclass(frozen=True)
+class Odd(masks.Causal):
+    """Every other key back from the query."""
+
+    def full_range(self, rows):
+        return None
+
+    def tile(self, tile):
+        return super().tile(tile) & ((tile.q_idx - tile.kv_idx) % 2 == 0)
+
+
+@pytest.mark.feature("masks of one's own")
+def test_own_mask_that_derives_from_another(check, tokens):
+    """Also where all keys are before the query, so that a causal mask would hide nothing."""
+    for offset in (5, N_K + 3):
+        back = -distances(offset)
+        allowed = (back >= 0) & (back % 2 == 0)
+        check_mask(check, tokens, Odd, [], allowed, query_offset=offset)
+
+
+@dataclass(frozen=True)
+class Table(masks.Mask):
+    """A mask that checks its array, and has a field that no caller gives."""
+
+    seen: object
+    none: object = field(init=False, default=None)
+
+    def __post_init__(self):
+        if self.seen.ndim != 1:
+            raise ValueError("one axis")
+
+    def tile(self, tile):
+        return tile.xp.read(self.seen, -1, tile.start, tile.size)[None, :]
+
+
+@pytest.mark.feature("masks of one's own")
+def test_own_mask_that_checks_its_array(check, rng, tokens):
+    seen = rng.random(N_K) < 0.5
+    check_mask(check, tokens, Table, [seen], seen)
+
+
+def test_own_mask_of_a_function(rng):
+    """It would be its function alone."""
+
+    @dataclass(frozen=True)
+    class Near(masks.Predicate):
+        def tile(self, tile):
+            return super().tile(tile) & (tile.kv_idx < 10)
+
+    q = rng.standard_normal((5, 4))
+    with pytest.raises(TypeError, match="Near must derive from Mask, not from Predicate"):
+        attention(q, q, q, mask=Near(lambda b, h, q_idx, kv_idx: kv_idx > 0))
+
+
 def test_own_mask_must_be_a_dataclass(rng):
     """Without fields of its own a mask equals every other one, and JAX would mix them up."""
 
@@ -272,6 +334,11 @@ def test_refused(lib, rng):
         (TypeError, "Lengths: key must be an integer array", masks.Lengths(key=floats)),
         (ValueError, r"Lengths: key must broadcast to \(2,\)", masks.Lengths(key=ints)),
         (TypeError, "mask_mod must return a boolean array", lambda b, h, i, j: i - j),
+        (
+            ValueError,
+            "mask_mod must return an array that broadcasts",
+            lambda b, h, i, j: ints[:5] > 3,
+        ),
         (TypeError, "mask must be a boolean array", masks.Dense(ints)),
     ]:
         with pytest.raises(error, match=message):

@@ -313,8 +313,32 @@ HELD = {
         (1, 8, 512, 64),
         {"bias": torch.zeros(512, 512, 8).permute(2, 0, 1)},
     ),
+    "heads of keys, heads last": ((2, 1024, 8, 64), (2, 1024, 1, 64), {"layout": "nhd"}),
+    "few queries, heads last": ((2, 16, 8, 64), (2, 1024, 2, 64), {"layout": "nhd"}),
     "mask, transposed": ((1, 4, 1024, 64), (1, 4, 1024, 64), {"mask": (torch.eye(1024) < 1).mT}),
 }
+
+
+UNUSUAL = {
+    "heads of keys": ((1, 4, 64, 8), (1, 2, 64, 8), {"bias": torch.ones(64, 64)}),
+    "a window": ((1, 4, 64, 8), (1, 2, 64, 8), {"mask": Window(3, 3)}),
+    "entries": ((2, 3, 4, 600, 8),) * 2 + ({"mask": Lengths(key=torch.tensor([[9, 600, 3]]))},),
+}
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_rows_whose_numbers_do_not_follow_each_other(rng, case, which):
+    """The kernel would read past them, also where a copy of the call would look well."""
+    of_queries, of_keys, given = UNUSUAL[case]
+    arrays = [
+        tensor(rng.standard_normal(shape, dtype=np.float32))
+        for shape in (of_queries, of_keys, of_keys)
+    ]
+    expected = chunked(*arrays, **given)
+    axes = (1, 0, *range(2, arrays[0].ndim))  # so that batch axes do not merge
+    arrays[which] = arrays[which].permute(axes).mT.contiguous().mT.permute(axes)
+    torch.testing.assert_close(attention(*arrays, **given), expected)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -158,6 +158,20 @@ def test_online_causal(lib, check, tokens, split):
 
 
 @pytest.mark.feature("OnlineAttention")
+def test_online_offset_of_few_bits(lib, tokens):
+    """Positions go on past what the array of the first one could hold."""
+    q, k, v = convert(lib, tokens)
+    first = lib.asarray(np.asarray(120, np.int8))
+    results = []
+    for offset in (120, first):
+        online = OnlineAttention(q, causal=True, query_offset=130, key_offset=offset)
+        for cut in runs((8,)):
+            online.update(along(k, cut, "hnd"), along(v, cut, "hnd"))
+        results.append(lib.numpy(online.result()))
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.feature("OnlineAttention")
 def test_online_merge(lib, check, tokens):
     """Two streams over halves of the keys merge into one; the other is left as it was."""
     q, k, v = convert(lib, tokens)

@@ -12,12 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("gradients", "pytorch")))
+WITH_EXAMPLES = (*PAGES, ROOT / "docs" / "frameworks.md")
 NEEDS = {"CuPy": "cupy"}  # the examples that only a GPU can run, by heading
 
 
 def sections():
     """Yield the page, the heading, the examples and the line of each section that has any."""
-    for page in PAGES:
+    for page in WITH_EXAMPLES:
         text = page.read_text(encoding="utf-8")
         headings = list(re.finditer(r"^#+ (.+)$", text, re.MULTILINE))
         ends = [h.start() for h in headings[1:]] + [len(text)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import libraries
 import numpy as np
 import pytest
 
@@ -128,6 +129,26 @@ def test_seed_arrays(lib, tokens):
         one = lib.call(attention, q, k, v, dropout=0.5, dropout_seed=seed)
         two = lib.call(attention, q, k, v, dropout=0.5, dropout_seed=lib.asarray(np.asarray(seed)))
         np.testing.assert_array_equal(lib.numpy(one), lib.numpy(two))
+
+
+@pytest.mark.feature("dropout, the same set on every library")
+@pytest.mark.parametrize("kind", ["int8", "int16", "int32", "uint8", "uint16", "uint32"])
+def test_seeds_of_every_integer(lib, tokens, kind):
+    """A seed is its value, whatever its dtype."""
+    seed = 200 if kind.startswith("u") else -3
+    own = [lib.asarray(x) for x in tokens]
+    given = lib.asarray(np.asarray(seed, kind))
+    results = [lib.call(attention, *own, dropout=0.5, dropout_seed=x) for x in (seed, given)]
+    np.testing.assert_array_equal(*map(lib.numpy, results))
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_seeds_of_64_bits(name, tokens):
+    lib = libraries.library(name)
+    own = [lib.asarray(x) for x in tokens]
+    given = lib.asarray(np.asarray(2**64 - 3, "uint64"))
+    results = [attention(*own, dropout=0.5, dropout_seed=x) for x in (2**64 - 3, given)]
+    np.testing.assert_array_equal(*map(lib.numpy, results))
 
 
 def test_known_answers():

@@ -109,6 +109,37 @@ def test_per_example_gradients_of_what_a_score_mod_captures():
     assert (each != 0).all()
 
 
+def test_torch_func_inside_of_a_score_mod():
+    x = tensors(*SHAPES)
+
+    def gradients(score_mod):
+        out = attention(*x, score_mod=score_mod)
+        return torch.autograd.grad(out.sin().sum(), x)
+
+    slope = torch.asarray(0.5, dtype=torch.float64)
+    each = func.vmap(lambda s: (slope * s).sin())
+    ours = gradients(lambda s, b, h, i, j: each(s))
+    torch.testing.assert_close(ours, gradients(lambda s, b, h, i, j: (slope * s).sin()))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+def test_parameters_out_of_sight_are_refused():
+    """Their gradients would be missing without a word."""
+    x = tensors(*SHAPES)
+    layer = torch.nn.Linear(1, 1, dtype=torch.float64)
+
+    def by(layer):
+        return attention(*x, score_mod=lambda s, b, h, i, j: layer(s[..., None])[..., 0])
+
+    by(layer).sum().backward()
+    assert layer.weight.grad is not None
+    hidden = torch.jit.trace(layer, torch.ones(1, dtype=torch.float64))
+    with pytest.raises(TypeError, match="score_mod must not hold tensors that require gradients"):
+        by(hidden)
+    with torch.no_grad():
+        torch.testing.assert_close(by(hidden), by(layer))
+
+
 def test_forward_mode_of_autograd():
     x = [y.detach() for y in tensors(*SHAPES)]
     with torch.autograd.forward_ad.dual_level():
