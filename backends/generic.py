@@ -6,6 +6,9 @@ here written with the standard alone (2021.12 and later):
 
 ====================  ======================================================================
 ``floats``            name to dtype of the floating dtypes that attention takes
+``is_integer``        whether a dtype is one of integers; ``is_bool`` likewise
+``check``             refuses arrays of the library that attention would misread
+``traced``            whether values are yet unknown
 ``device(x)``         where `x` lives, or None where that cannot be told (a traced array)
 ``setting(like)``     what a call depends on beside shapes and keywords: the device, modes
 ``tile_sizes(like)``  the sizes of tiles that suit the device of `like`, forward or backward
@@ -20,6 +23,7 @@ here written with the standard alone (2021.12 and later):
 ``add_product``       ``x + a @ b``, likewise; may overwrite `x`
 ``exp_difference``    ``exp(x - y)``; may overwrite `x`
 ``cap``               the softcap of scores; may overwrite its argument
+``squeezes``          whether products take longer with batch axes of length 1
 ``seeks_bound``       whether to find out if scores are small, and need no maximum
 ``weigh``             the softmax of rows of scores, but for its division
 ``hide``              masking; may overwrite its argument
@@ -32,7 +36,7 @@ here written with the standard alone (2021.12 and later):
 ``smaller, larger``   of two loop bounds
 ``nonfinite``         whether NaN or inf is in an array, as `when` takes it
 ``when``              a choice between two functions by a boolean array of no axes
-``pieces``            how an axis is cut into chunks
+``pieces``            how an axis is cut into chunks; ``query_pieces``: that of queries
 ``at_once``           how many steps of `each` run at a time
 ``fold``              a loop that carries a state
 ``each``              a loop whose steps write to places that do not overlap

@@ -67,11 +67,6 @@ class InPlace(generic.Adapter):
         """Return a view with the last two axes exchanged."""
         return x.swapaxes(-1, -2)
 
-    def exp_difference(self, x: Array, y: Array) -> Array:
-        """Overwrite `x` with ``exp(x - y)``."""
-        x -= y
-        return self.library.exp(x, out=x)
-
     def cap(self, s: Array, softcap: float) -> Array:
         """Overwrite `s` with ``softcap * tanh(s / softcap)``."""
         s /= softcap

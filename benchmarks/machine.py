@@ -34,8 +34,18 @@ def about(command, arguments):
             f"- Machine: {', '.join([processor(), *gpus()])}, {os.cpu_count()} cores, "
             f"{platform.system()}",
             f"- Python {platform.python_version()}, {', '.join(versions())}",
+            *commit(),
         ]
     )
+
+
+def commit():
+    """Return a line with the commit of the checkout that this file is in, where there is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    if shutil.which("git") is None:
+        return []
+    found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return [f"- Commit {found}"] if found else []
 
 
 def write(lines, path):

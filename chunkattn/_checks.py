@@ -30,7 +30,7 @@ def common_dtype(xp: Any, tokens: dict[str, Array]) -> Any:
 def compute_dtype_of(xp: Any, dtype: Any, wanted: Any) -> Any:
     """Return the dtype of scores, sums and lse."""
     floats = xp.floats
-    if is_array(wanted):
+    if is_array(wanted) and not isinstance(wanted, type):
         raise TypeError(
             f"compute_dtype must be a dtype or its name; got an array of {wanted.dtype}"
         )

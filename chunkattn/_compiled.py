@@ -1,7 +1,7 @@
 """A call that PyTorch's compiler, or its export, traces: one operator with plain arguments.
 
-Only traced calls import this module: PyTorch's compiler imports it for real where it traces an
-import, so that the operators are there before the graph is.
+Traced calls import this module, and `interop.register_torch`: PyTorch's compiler imports it for
+real where it traces an import, so that the operators are there before the graph is.
 """
 
 from __future__ import annotations
@@ -152,7 +152,10 @@ def operands(keywords: Given) -> Given | None:
         given["compute_dtype"] = torch_compile.DTYPES.get(dtype)
         if given["compute_dtype"] is None:
             return None
-    return given | masks
+    found = given | masks
+    # A keyword that is new to `attention` needs its place in `ARGUMENTS`.
+    assert {*found} == {*torch_compile.ARGUMENTS} - {*TOKENS, "trains"}
+    return found
 
 
 _KINDS = (

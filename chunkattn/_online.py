@@ -35,7 +35,7 @@ key_chunk_size, compute_dtype
     sinks : array of shape (h,), optional
         As in `attention`; counted once, in the result.
     query_offset : int or integer array over the batch axes, optional
-        The position of query 0 among all keys to come; to be given where the mask is causal.
+        The position of query 0 among all keys to come; to be given with `Causal` and `Window`.
     key_offset : int or integer array without axes, default 0
         The position of the first key to come.
 

@@ -168,8 +168,6 @@ def test_plan_knows_the_order_of_keys(monkeypatch, rng, training):
     from chunkattn import plan
 
     monkeypatch.setattr(adapter, "_pieces_are_fast", lambda: True)
-    found = adapter._ordered_from.__wrapped__()
-    monkeypatch.setattr(adapter, "_ordered_from", lambda: found)
     query = rng.standard_normal((2, 80, 64), dtype=np.float32)
     key, value = rng.standard_normal((2, 2, 8192, 64), dtype=np.float32)
     keywords = {"query_chunk_size": 80, "key_chunk_size": 8192}

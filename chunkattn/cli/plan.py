@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the plan and the comparison, and draw the picture."""
     if arguments.heads % (arguments.key_heads or 1):
         raise UsageError("argument --key-heads: must divide --heads")
-    require("demo", arguments.library, *(["matplotlib.figure"] if arguments.plot else []))
+    require(arguments.library, arguments.library)
+    require("demo", *(["matplotlib.figure"] if arguments.plot else []))
     found = _plan(arguments)
     print(found.heading)
     kinds = (("input", found.inputs), ("output", found.outputs), ("call", found.terms))
@@ -60,8 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
         for kind, terms in kinds
         for term in terms
     ]
-    rows.append(("peak", "beyond inputs and outputs", in_bytes(found.peak_bytes), "", ""))
-    rows[-1] = (*rows[-1][:3], f"{found.peak_bytes:,}", "")
+    peak = found.peak_bytes
+    rows.append(("peak", "beyond inputs and outputs", in_bytes(peak), f"{peak:,}", ""))
     show(rows, headings=("", "what", "", "bytes", "formula"))
     comparison = found.compare()
     names = [name for name, _, _ in comparison.schedules]

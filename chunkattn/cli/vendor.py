@@ -56,8 +56,7 @@ def package_files() -> dict[PurePath, Path]:
     for inside, package in ((PurePath(), _PACKAGE), (PurePath("backends"), f"{_PACKAGE}.backends")):
         folder = _folder(package)
         for path in sorted((*folder.rglob("*.py"), *folder.glob("py.typed"))):
-            if "tests" not in path.relative_to(folder).parts:
-                files[inside / path.relative_to(folder)] = path
+            files[inside / path.relative_to(folder)] = path
     files[PurePath("LICENSE")] = _licence(_folder(_PACKAGE))
     return files
 
