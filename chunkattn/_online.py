@@ -186,6 +186,11 @@ key_chunk_size, compute_dtype
                 f"{name} must have batch axes that broadcast with those so far, "
                 f"{self._spec.batch}; got {spec.batch}"
             )
+        if spec.batch != self._spec.batch and (spec.dropout or spec.calls_back):
+            raise ValueError(
+                f"{name} must keep the batch axes {self._spec.batch} where dropout or functions "
+                f"count the batch entries; got {spec.batch}"
+            )
         return replace(spec, batch=batch)
 
     def result(self, return_lse: bool = False) -> Any:

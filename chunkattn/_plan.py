@@ -45,7 +45,7 @@ def plan(
         ``jax.ShapeDtypeStruct``).
     training : bool, default False
         Whether gradients by all floating arrays follow: by `attention_vjp` on libraries without
-        automatic differentiation.
+        automatic differentiation; on PyTorch by a `bias` only where that requires gradients.
     library : str, optional
         Where query, key and value are no arrays, their library: "numpy" (the default; "jax" for
         ``jax.ShapeDtypeStruct``), "cupy", "torch", "jax", …

@@ -1013,6 +1013,21 @@ def test_stream_batch_that_cannot_join(lib):
     np.testing.assert_array_equal(lib.numpy(stream.result()), before)
 
 
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"dropout": 0.5, "dropout_seed": 1},
+        {"mask": chunkattn.masks.Predicate(lambda b, h, i, j: i + b > j)},
+    ],
+)
+def test_stream_whose_batch_entries_are_counted(lib, keywords):
+    """Their numbers would be others than before."""
+    stream = OnlineAttention(array(lib, (1, 4, 5, 8)), **keywords)
+    stream.update(array(lib, (1, 2, 7, 8)), array(lib, (1, 2, 7, 6)))
+    key, value = array(lib, (3, 2, 7, 8)), array(lib, (3, 2, 7, 6))
+    refused(ValueError, "must keep the batch axes", stream.update, key, value)
+
+
 def other_stream(lib, q, k, v, **keywords):
     q, k, v = (array(lib, shape) for shape in (q, k, v))
     return OnlineAttention(q, **keywords).update(k, v)
