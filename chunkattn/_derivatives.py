@@ -62,6 +62,11 @@ class Results:
         lse = xp.where(lse == -float("inf"), xp.zeros_like(lse), lse)
         return out, lse, xp.exp(-rows.read(self.low))
 
+    def are_blind(self, rows: Rows) -> Array:
+        """Return which of these queries see nothing, not even a sink: (…, h, size, 1)."""
+        found: Array = rows.read(self.pairs.lse) == -float("inf")
+        return found
+
 
 class Moved:
     """The tangents of a call's arrays, as a problem of the same shapes."""
@@ -154,7 +159,7 @@ class Cotangents:
         out, lse, factor = results.of(rows)
         d_out, d_lse = (rows.once(x * factor) for x in cotangents.of(rows))
         self.out = rows.grouped(d_out)
-        nothing = out == 0  # also where a query sees no key
+        nothing = results.are_blind(rows)
         product = xp.where(nothing, xp.zeros_like(out), d_out * out)
         self.delta = rows.once(xp.sum(product, axis=-1, keepdims=True, dtype=out.dtype) - d_lse)
         well = xp.all(xp.isfinite(d_out) | nothing, axis=-1, keepdims=True)

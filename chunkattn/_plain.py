@@ -10,7 +10,9 @@ from ._spec import Spec
 
 Array = Any
 
-FOLDED = 64  # queries of all heads that share a head of keys, up to which they are one head's
+# Queries of all heads that share a head of keys, up to which they are one head's: where an array is
+# added to the scores, and else.
+FOLDED, FOLDED_ALONE = 64, 256
 
 
 class Plain(NamedTuple):
@@ -39,7 +41,7 @@ def is_folded(spec: Spec, causal: bool) -> bool:
 
     So keys are read once for these heads.
     """
-    return spec.group > 1 and not causal and spec.group * spec.n_q <= FOLDED
+    return spec.group > 1 and not causal and spec.group * spec.n_q <= FOLDED_ALONE
 
 
 def _is_plain(spec: Spec) -> bool:

@@ -275,6 +275,20 @@ def test_any_call_at_length(call, drawn):
     check_adjoint(call(query, key, value, **kwargs))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of array-api-strict
+@pytest.mark.parametrize("extreme", [np.nan, np.inf])
+def test_gradients_of_out_that_are_not_finite(lib, extreme):
+    """They reach all that the query sees, also where its result is 0, and no other."""
+    query, key = (lib.asarray(np.ones((2, 9, 4))) for _ in range(2))
+    value = lib.asarray(np.zeros((2, 9, 4)))
+    d_out = np.ones((2, 9, 4))
+    d_out[:, 5] = extreme
+    _, vjp = attention_vjp(query, key, value, causal=True)
+    found = {name: lib.numpy(x) for name, x in vjp(lib.asarray(d_out)).items()}
+    assert not np.isfinite(found["value"][:, :6]).any()
+    assert np.isfinite(found["value"][:, 6:]).all()
+
+
 def test_functions_that_overwrite_the_scores(rng):
     """A score_mod may work in place, and its derivative too."""
     q, k, v = rng.standard_normal((3, 7, 4))
