@@ -168,7 +168,8 @@ def choose(call: Any, adds: bool) -> tuple[Kernel | InFloat32 | None, bool, str]
     if value.shape[-1] != d:
         return None, False, "the kernels want values as wide as the keys"
     if adds and device not in ("cpu", "meta"):
-        return None, False, "kernels for GPUs take no bias, and no mask but Causal from 0 on, n x n"
+        why = "on GPUs kernels take no bias, and no mask but Causal for as many queries as keys"
+        return None, False, why
     if device == "cuda" and d % 8:
         return None, False, "the kernels want a width that is a multiple of 8"
     if causal and is_captured(query):
