@@ -63,8 +63,9 @@ class Results:
         return out, lse, xp.exp(-rows.read(self.low))
 
     def are_blind(self, rows: Rows) -> Array:
-        """Return which of these queries see nothing, not even a sink: (…, h, size, 1)."""
-        found: Array = rows.read(self.pairs.lse) == -float("inf")
+        """Return which of these queries see no key, or none that counts: (…, h, size, 1)."""
+        lse, sinks = rows.read(self.pairs.lse), rows.problem.sinks
+        found: Array = lse <= (-float("inf") if sinks is None else of_sinks(rows, sinks, lse.dtype))
         return found
 
 
@@ -159,7 +160,7 @@ class Cotangents:
         out, lse, factor = results.of(rows)
         d_out, d_lse = (rows.once(x * factor) for x in cotangents.of(rows))
         self.out = rows.grouped(d_out)
-        nothing = results.are_blind(rows)
+        nothing = (out == 0) & results.are_blind(rows)
         product = xp.where(nothing, xp.zeros_like(out), d_out * out)
         self.delta = rows.once(xp.sum(product, axis=-1, keepdims=True, dtype=out.dtype) - d_lse)
         well = xp.all(xp.isfinite(d_out) | nothing, axis=-1, keepdims=True)
