@@ -76,6 +76,7 @@ GIVEN = {
 }
 
 
+@pytest.mark.feature("small scores need no maximum")
 @pytest.mark.parametrize("name", GIVEN)
 def test_small_scores(looked, rng, name):
     steps = np.arange(37) - np.arange(20, 33)[:, None]
@@ -83,6 +84,7 @@ def test_small_scores(looked, rng, name):
     assert not looked(*tokens(rng), known=known, **GIVEN[name])
 
 
+@pytest.mark.feature("small scores need no maximum")
 def test_large_scores(looked, rng):
     """The bound is the longest query times the longest key times the scale."""
     query, key, value = tokens(rng)
@@ -93,6 +95,7 @@ def test_large_scores(looked, rng):
     assert looked(query, key, value, scale=-1000.0)
 
 
+@pytest.mark.feature("small scores need no maximum")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_has_no_bound(looked, rng, bad):
     query, key, value = tokens(rng)
@@ -104,6 +107,7 @@ def test_what_has_no_bound(looked, rng, bad):
         assert not looked(query, key, value, causal=True, query_offset=20)
 
 
+@pytest.mark.feature("small scores need no maximum")
 def test_scores_with_more_in_them(looked, rng):
     arrays = tokens(rng)
     assert looked(*arrays, bias=1000 * rng.standard_normal((13, 37)))
