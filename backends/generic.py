@@ -28,6 +28,7 @@ here written with the standard alone (2021.12 and later):
 ``weigh``             the softmax of rows of scores, but for its division
 ``hide``              masking; may overwrite its argument
 ``barrier``           a mask as what is added to scores
+``ordered``           integers as ones that can be compared by size
 ``looks``             whether to look at masks, to spare what they hide
 ``some``, ``every``   which columns have a true value, or nothing else
 ``maximum``           the larger of two arrays, element by element (standard since 2023.12)
@@ -232,6 +233,10 @@ class Adapter:
         """Return 0 where `allowed` and -inf elsewhere, in `dtype`."""
         zero, none = (self.new(allowed, (), x, dtype) for x in (0.0, -float("inf")))
         return self.where(allowed, zero, none)
+
+    def ordered(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """Return integers that are equal where those of `a` and `b` are, in any order of theirs."""
+        return a, b
 
     def looks(self, like: Array) -> bool:
         """Whether it pays to look at values on the device of `like`, and to branch by `when`."""

@@ -16,10 +16,6 @@ from .generic import LOG2_E, SMALL, Array, Index, State
 
 _RUN = 128
 
-# glibc gives memory that is freed back to the system, and the next call has to take it again, page
-# by page.  It does so no longer for blocks that are smaller than one that was freed before.
-np.empty(2**24, np.uint8)
-
 
 class InPlace(generic.Adapter):
     """The verbs of libraries whose ufuncs take ``out``, on the ``library`` of the subclass."""
@@ -89,6 +85,15 @@ class Adapter(InPlace):
 
     library = np
     name = "numpy"
+
+    def __init__(self, namespace: Any) -> None:
+        """Have malloc keep what calls free.
+
+        glibc gives it back to the system, and the next call has to take it again, page by page.  It
+        does so no longer for blocks that are smaller than one that was freed before.
+        """
+        super().__init__(namespace)
+        np.empty(2**24, np.uint8)
 
     def exp_difference(self, x: Array, y: Array) -> Array:
         """Overwrite `x` with ``exp(x - y)``."""

@@ -14,18 +14,8 @@ from . import _bits, generic, torch_native
 from ._functions import of_floating
 from ._sizes import OF_CPU, OF_GPU, Footprint, TileSizes
 from .generic import LOG2_E, SMALL, Array
-from .torch_autograd import (
-    Call,
-    Lifted,
-    Operation,
-    Recorded,
-    Watch,
-    computed,
-    depends_on_more,
-    is_captured,
-    is_fake,
-    tensors_in,
-)
+from .torch_autograd import Call, Operation, Recorded, computed, is_captured, is_fake, tensors_in
+from .torch_lifted import Lifted, captured_by
 
 
 def _is_watched(tensors: list[Array]) -> bool:
@@ -39,6 +29,9 @@ def _is_watched(tensors: list[Array]) -> bool:
     if forward_ad._current_level < 0:  # spare the question, which takes longer
         return False
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 @functools.cache
@@ -179,6 +172,14 @@ class Adapter(generic.Adapter):
         weights = s.mul_(LOG2_E).exp2_()
         return weights, weights.sum(-1, keepdim=True), top
 
+    def ordered(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """Return unsigned integers, which PyTorch cannot compare, as signed ones."""
+        if a.dtype not in _SIGNED and b.dtype not in _SIGNED:
+            return a, b
+        if a.dtype == b.dtype:
+            return a.view(_SIGNED[a.dtype]), b.view(_SIGNED[b.dtype])
+        return a.to(torch.int64), b.to(torch.int64)
+
     def looks(self, like: Array) -> bool:
         """Whether `like` is on a CPU; elsewhere Python would wait."""
         return bool(like.is_cpu)
@@ -252,22 +253,9 @@ class Adapter(generic.Adapter):
         sizes: list[Any],
     ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
         """Find the captured tensors by a call that is watched."""
-        records = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
         with torch.no_grad():
             args = example(sizes[0][0], 1, 1)
-        with torch.set_grad_enabled(records), Watch(args) as watch:
-            found = function(*args)
-        held = captured = tuple(watch.captured)
-        if any(x.grad_fn is not None for x in captured):
-            with Watch(args) as again:  # what is not there then was made by the function itself
-                function(*args)
-            held = tuple(x for x in captured if any(x is y for y in again.captured))
-        if depends_on_more(found, held):
-            raise TypeError(
-                "score_mod must not hold tensors that require gradients inside of TorchScript or "
-                "of a custom autograd.Function, where they are not found: pass plain PyTorch code, "
-                "or call attention within torch.no_grad()"
-            )
+        captured = captured_by(function, args)
         return Lifted(function, captured), captured
 
     def pushforward(

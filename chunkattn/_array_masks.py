@@ -14,11 +14,6 @@ if TYPE_CHECKING:
 Array = Any
 
 
-def _ordered(x: Array) -> bool:
-    """Whether ids can be compared as they are; PyTorch has no order of some unsigned integers."""
-    return not any(name in str(x.dtype) for name in ("uint16", "uint32", "uint64"))
-
-
 def _run(xp: Any, hit: Array) -> tuple[Array, Array, Array]:
     """Return along the last axis the first hit, what follows the last, and whether all between hit.
 
@@ -115,8 +110,7 @@ class Segments(Mask):
         xp = rows.xp
         queries = xp.read(rows.of_batch(self.query, 1), -1, rows.start, rows.size)
         keys = rows.of_batch(self._keys, 1)
-        if not (_ordered(queries) and _ordered(keys)):
-            queries, keys = (xp.astype(x, xp.index_dtype) for x in (queries, keys))
+        queries, keys = xp.ordered(queries, keys)
         low = xp.min(queries, axis=-1, keepdims=True)
         high = xp.max(queries, axis=-1, keepdims=True)
         start, stop, one = _run(xp, (keys >= low) & (keys <= high))
@@ -136,8 +130,8 @@ class Segments(Mask):
 
     @property
     def key_arrays(self) -> int:
-        """Comparisons with the ids of the queries, and ids as wide as positions."""
-        return 5 if _ordered(self.query) and _ordered(self._keys) else 13
+        """Comparisons with the ids of the queries."""
+        return 5
 
     @property
     def tile_limit(self) -> int:

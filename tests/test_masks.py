@@ -142,6 +142,19 @@ def test_segments_of_every_integer(check, rng, tokens, kind):
     check_mask(check, tokens, masks.Segments, [queries, keys], allowed)
 
 
+def test_segments_of_two_dtypes():
+    """The order of both is one, also past the signed integers of as many bits."""
+    torch = pytest.importorskip("torch")
+    q = torch.arange(24.0).reshape(1, 6, 4)
+    ids = np.asarray([1, 1, 2, 2, 40_000, 40_000])
+    keys = torch.as_tensor(ids.astype(np.int32))
+    results = [
+        attention(q, q, q, mask=masks.Segments(queries, keys), key_chunk_size=2, query_chunk_size=2)
+        for queries in (keys, torch.as_tensor(ids.astype(np.uint16)))
+    ]
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.feature("Segments, sorted or not")
 def test_segments_of_one_sequence(check, rng, tokens):
     """Keys take the queries' ids; with a causal mask, packed documents."""
