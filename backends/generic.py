@@ -436,13 +436,13 @@ class Adapter:
 
         `operation` and `spec` are hashable; where `spec.calls_back`, or `operation.done` is given,
         functions of the caller run inside, which may hold anything.  A library with automatic
-        differentiation calls the operation's rules with a function like this one (without `self`)
-        as `apply`:
+        differentiation calls the operation's rules at ``operation.at(apply, spec, data, inputs,
+        outputs)``, a named tuple, where `apply` is a function like this one (without `self`):
 
-        ``operation.tangent(apply, spec, data, inputs, outputs, tangents)``
+        ``operation.tangent(at, tangents)``
             the outputs' tangents, given the tangents of some inputs; or the rule is None
-        ``operation.cotangent(apply, spec, data, inputs, outputs, cotangents, wanted)``
-            the gradients of the `wanted` inputs, given those of all outputs; or the rule is None
+        ``operation.cotangent(at, cotangents, wanted)``
+            the gradients of the `wanted` inputs, given those of all outputs
         """
         found: dict[str, Array] = operation(self, spec, data, inputs)
         return found

@@ -51,6 +51,11 @@ class Mapped:
         return names
 
     @property
+    def at(self) -> Any:
+        """What makes the points at which rules are called."""
+        return self.operation.at
+
+    @property
     def axes(self) -> tuple[Any, dict[str, int | None]]:
         """The mapped axes of data and inputs."""
         data, inputs = jax.tree.unflatten(self.tree, self.dims)
@@ -93,54 +98,38 @@ class Mapped:
         """The rule for tangents, mapped; None where the operation has none."""
         return None if self.operation.tangent is None else self._tangent
 
-    def _tangent(
-        self,
-        apply: Any,
-        spec: Any,
-        data: dict[str, Any],
-        inputs: Arrays,
-        outputs: Arrays,
-        tangents: Arrays,
-    ) -> Arrays:
-        def rule(*arrays: Any) -> Arrays:
-            found: Arrays = self.operation.tangent(apply, spec, *arrays)
+    def _tangent(self, at: Any, tangents: Arrays) -> Arrays:
+        def rule(data: dict[str, Any], inputs: Arrays, outputs: Arrays, tangents: Arrays) -> Arrays:
+            one = at._replace(data=data, inputs=inputs, outputs=outputs)
+            found: Arrays = self.operation.tangent(one, tangents)
             return found
 
         moving = {name: self.axes[1][name] for name in tangents}
-        return self._vmap(rule, *self.axes, 0, moving)(data, inputs, outputs, tangents)
+        return self._vmap(rule, *self.axes, 0, moving)(at.data, at.inputs, at.outputs, tangents)
 
-    def results_tangent(
-        self, apply: Any, spec: Any, data: dict[str, Any], inputs: Arrays, tangents: Arrays
-    ) -> Arrays:
-        """Return the tangents of attention's results in `data`, mapped."""
+    def results_tangent(self, at: Any, tangents: Arrays) -> Arrays:
+        """Return the tangents of attention's results in the data, mapped."""
 
-        def rule(*arrays: Any) -> Arrays:
-            found: Arrays = self.operation.results_tangent(apply, spec, *arrays)
+        def rule(data: dict[str, Any], inputs: Arrays, tangents: Arrays) -> Arrays:
+            one = at._replace(data=data, inputs=inputs)
+            found: Arrays = self.operation.results_tangent(one, tangents)
             return found
 
         moving = {name: self.axes[1][name] for name in tangents}
-        found = self._vmap(rule, *self.axes, moving)(data, inputs, tangents)
+        found = self._vmap(rule, *self.axes, moving)(at.data, at.inputs, tangents)
         return {name: _to_axis(x, self.axes[0][name]) for name, x in found.items()}
 
-    def cotangent(
-        self,
-        apply: Any,
-        spec: Any,
-        data: dict[str, Any],
-        inputs: Arrays,
-        outputs: Arrays,
-        cotangents: Arrays,
-        wanted: tuple[str, ...],
-    ) -> Arrays:
+    def cotangent(self, at: Any, cotangents: Arrays, wanted: tuple[str, ...]) -> Arrays:
         """Return the gradients of the `wanted` inputs, mapped; summed for what is not mapped."""
 
-        def rule(*arrays: Any) -> Arrays:
-            found: Arrays = self.operation.cotangent(apply, spec, *arrays, wanted)
+        def rule(data: dict[str, Any], inputs: Arrays, outputs: Arrays, bars: Arrays) -> Arrays:
+            one = at._replace(data=data, inputs=inputs, outputs=outputs)
+            found: Arrays = self.operation.cotangent(one, bars, wanted)
             return found
 
         of_data, axes = self.axes
-        given = {name: axes[name] for name in inputs}
-        found = self._vmap(rule, of_data, given, 0, 0)(data, inputs, outputs, cotangents)
+        given = {name: axes[name] for name in at.inputs}
+        found = self._vmap(rule, of_data, given, 0, 0)(at.data, at.inputs, at.outputs, cotangents)
         return {
             name: x.sum(axis=0) if axes[name] is None else jax.numpy.moveaxis(x, 0, axes[name])
             for name, x in found.items()

@@ -78,6 +78,10 @@ class Call:
         """Call an operation, as rules do."""
         return apply(self.adapter, operation, spec, data, inputs)
 
+    def at(self, data: dict[str, Any], inputs: Arrays, results: Arrays) -> Any:
+        """Return where rules are called."""
+        return self.operation.at(self.again, self.spec, data, inputs, results)
+
     def compute(self, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Return the operation's results."""
         found: Arrays = self.operation(self.adapter, self.spec, data, inputs)
@@ -88,12 +92,12 @@ class Call:
         self, data: dict[str, Any], inputs: Arrays, results: Arrays, moves: Arrays
     ) -> Arrays:
         """Return the tangents of the results, from those of the inputs that move."""
-        operation, spec = self.operation, self.spec
+        operation, at = self.operation, self.at(data, inputs, results)
         if operation.tangent is not None:
-            found: Arrays = operation.tangent(self.again, spec, data, inputs, results, moves)
+            found: Arrays = operation.tangent(at, moves)
             still = {name: jax.numpy.zeros_like(results[name]) for name in operation.residuals}
             return found | still
-        moving = operation.results_tangent(self.again, spec, data, inputs, moves)
+        moving = operation.results_tangent(at, moves)
 
         def of_moving(results: Arrays, moved: Arrays) -> Arrays:
             return self.compute(data | results, inputs | moved)
@@ -153,7 +157,7 @@ def _transpose(bars: Any, *flat: Any, call: Call) -> list[Array | None]:
     if not rest:
         inputs = {name: x for name, x in inputs.items() if name not in wanted}
     named = dict(zip(call.operation.outputs, map(ad.instantiate_zeros, bars), strict=True))
-    found = call.operation.cotangent(call.again, call.spec, data, inputs, results, named, wanted)
+    found = call.operation.cotangent(call.at(data, inputs, results), named, wanted)
     places = call.arrays(range(len(flat)))[-1]
     gradients: list[Array | None] = [None] * len(flat)
     for name in wanted:

@@ -161,24 +161,23 @@ class Operation(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *cotangents: Array) -> tuple[Array | None, ...]:
         """Call the rule for gradients."""
-        call, (data, inputs, outputs) = ctx.call, _saved(ctx)
+        call, at = ctx.call, _point(ctx)
         operation = call.operation
         needed = zip(call.names, ctx.needs_input_grad[1:], strict=False)
         wanted = tuple(name for name, needs in needed if needs)
         bars = {
-            name: torch.zeros_like(outputs[name]) if x is None else x
+            name: torch.zeros_like(at.outputs[name]) if x is None else x
             for name, x in zip(operation.outputs, cotangents, strict=True)
             if name not in operation.residuals
         }
-        apply = call.adapter.differentiable
-        found = operation.cotangent(apply, call.spec, data, inputs, outputs, bars, wanted)
+        found = operation.cotangent(at, bars, wanted)
         rest = len(ctx.needs_input_grad) - 1 - len(call.names)
         return (None, *(found.get(name) for name in call.names), *(None,) * rest)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Array | None) -> tuple[Array | None, ...]:
         """Call the rule for tangents."""
-        call, (data, inputs, outputs) = ctx.call, _saved(ctx)
+        call = ctx.call
         operation = call.operation
         if operation.tangent is None:
             raise NotImplementedError(
@@ -186,8 +185,7 @@ class Operation(torch.autograd.Function):  # type: ignore[misc]
                 "torch.func.hessian, or jacfwd of jacrev, for second derivatives"
             )
         moves = {name: x for name, x in zip(call.names, tangents, strict=False) if x is not None}
-        apply = call.adapter.differentiable
-        found = operation.tangent(apply, call.spec, data, inputs, outputs, moves)
+        found = operation.tangent(_point(ctx), moves)
         still = operation.residuals
         return tuple(None if name in still else found.get(name) for name in operation.outputs)
 
@@ -224,8 +222,10 @@ class Recorded(Operation):
     setup_context = torch.autograd.Function.setup_context  # as if it were not there
 
 
-def _saved(ctx: Any) -> tuple[dict[str, Any], dict[str, Array], dict[str, Array]]:
-    """Return the data, inputs and outputs that a context keeps."""
+def _point(ctx: Any) -> Any:
+    """Return where the rules are called, from what a context keeps."""
     call, saved = ctx.call, ctx.saved_tensors
-    outputs = dict(zip(call.operation.outputs, saved[call.size :], strict=False))
-    return (*call.arrays(saved[: call.size]), outputs)
+    operation = call.operation
+    outputs = dict(zip(operation.outputs, saved[call.size :], strict=False))
+    arrays = call.arrays(saved[: call.size])
+    return operation.at(call.adapter.differentiable, call.spec, *arrays, outputs)

@@ -13,16 +13,15 @@ operation                    its tangent                its cotangent
 ===========================  =========================  ======================================
 
 An operation is called as ``operation(xp, spec, data, inputs)``: `inputs` are the floating arrays by
-name that it may be differentiated by, `data` is all else.  It returns a dict of arrays.  The rules
-take ``apply(operation, spec, data, inputs)``, the adapter's way to call an operation so that it can
-be differentiated in turn.
+name that it may be differentiated by, `data` is all else.  It returns a dict of arrays.  Its rules,
+for tangents and for gradients, take the `Point` at which it is differentiated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ._chunked import chunked
 from ._derivatives import backward, second, tangent
@@ -67,35 +66,51 @@ def results(outputs: Arrays) -> Arrays:
     }
 
 
-class Operation:
-    """What the operations on derivatives have in common."""
+class Point(NamedTuple):
+    """Where an operation is differentiated: its arguments and results, and how to call others.
 
-    residuals: Names = ()
+    ``apply(operation, spec, data, inputs)`` is the adapter's way to call an operation so that it
+    can be differentiated in turn.
+    """
+
+    apply: Apply
+    spec: Spec
+    data: dict[str, Any]
+    inputs: Arrays
+    outputs: Arrays
+
+    def call(self, operation: Any, inputs: Arrays, more: Arrays | None = None) -> Arrays:
+        """Return what an operation gives for these inputs, and for `more` data."""
+        return self.apply(operation, self.spec, self.data | (more or {}), inputs)
+
+
+class Operation:
+    """What operations have in common."""
+
+    at = Point
+    residuals: Names = ()  # the names of further results, that only the rules use
+    done: Callable[[], None] | None = None  # called after each chunk of queries
     keeps_outputs = calls_kernel = False
-    done = None
 
     def with_residuals(self, spec: Spec) -> Operation:
         """Return the operation to call where a rule may be called later."""
         return self
 
-    def results_tangent(
-        self, apply: Apply, spec: Spec, data: dict[str, Any], inputs: Arrays, tangents: Arrays
-    ) -> Arrays:
-        """Return the tangents of ``(out, lse)`` in `data`, for a library's own forward mode."""
+    def results_tangent(self, at: Point, tangents: Arrays) -> Arrays:
+        """Return the tangents of ``(out, lse)`` in the data, for a library's own forward mode."""
         moves = {name: x for name, x in tangents.items() if name in primals(tangents)}
-        return apply(Tangent(), spec, data, primals(inputs) | as_tangents(moves))
+        return at.call(Tangent(), primals(at.inputs) | as_tangents(moves))
 
 
 @dataclass(frozen=True)
-class Forward:
+class Forward(Operation):
     """``(out, lse)`` of the inputs, or `out` alone where no more is asked for."""
 
     asked: Names = RESULTS
-    done: Callable[[], None] | None = None  # called after each chunk of queries
-    residuals: Names = ()  # the names of further results, that only the rules use
+    done: Callable[[], None] | None = None
+    residuals: Names = ()
 
     keeps_outputs = True
-    calls_kernel = False
 
     @staticmethod
     def kind(spec: Spec) -> str:
@@ -133,31 +148,14 @@ class Forward:
         algorithm = standard if spec.standard else chunked
         return algorithm(xp, spec, data | inputs, self.outputs, self.done)
 
-    def tangent(
-        self,
-        apply: Apply,
-        spec: Spec,
-        data: dict[str, Any],
-        inputs: Arrays,
-        outputs: Arrays,
-        tangents: Arrays,
-    ) -> Arrays:
+    def tangent(self, at: Point, tangents: Arrays) -> Arrays:
         """Return the outputs' tangents; an input without one does not move."""
-        return apply(Tangent(), spec, data | results(outputs), inputs | as_tangents(tangents))
+        return at.call(Tangent(), at.inputs | as_tangents(tangents), results(at.outputs))
 
-    def cotangent(
-        self,
-        apply: Apply,
-        spec: Spec,
-        data: dict[str, Any],
-        inputs: Arrays,
-        outputs: Arrays,
-        cotangents: Arrays,
-        wanted: Names,
-    ) -> Arrays:
+    def cotangent(self, at: Point, cotangents: Arrays, wanted: Names) -> Arrays:
         """Return the gradients of the `wanted` inputs, for gradients of all outputs."""
         bars = as_cotangents({name: cotangents[name] for name in RESULTS})
-        return apply(Backward(wanted), spec, data | results(outputs), inputs | bars)
+        return at.call(Backward(wanted), at.inputs | bars, results(at.outputs))
 
 
 @dataclass(frozen=True)
@@ -176,30 +174,21 @@ class Tangent(Operation):
         """Compute."""
         return dict(zip(RESULTS, tangent(xp, spec, data | inputs), strict=True))
 
-    def cotangent(
-        self,
-        apply: Apply,
-        spec: Spec,
-        data: dict[str, Any],
-        inputs: Arrays,
-        outputs: Arrays,
-        cotangents: Arrays,
-        wanted: Names,
-    ) -> Arrays:
+    def cotangent(self, at: Point, cotangents: Arrays, wanted: Names) -> Arrays:
         """As that of `Forward`."""
         bars = as_cotangents(cotangents)
         moved = tuple(name.removesuffix(TANGENT) for name in wanted if name.endswith(TANGENT))
         found: Arrays = {}
         if moved:
-            found |= as_tangents(apply(Backward(moved), spec, data, primals(inputs) | bars))
+            found |= as_tangents(at.call(Backward(moved), primals(at.inputs) | bars))
         if still := tuple(name for name in wanted if not name.endswith(TANGENT)):
-            found |= apply(Second(still), spec, data, inputs | bars)
+            found |= at.call(Second(still), at.inputs | bars)
         return found
 
 
 @dataclass(frozen=True)
-class Backward(Operation):
-    """The gradients of the `wanted` inputs, from those of ``(out, lse)``; these are in `data`."""
+class Gradients(Operation):
+    """One result for each of the `wanted` inputs, of its shape."""
 
     wanted: Names
 
@@ -209,8 +198,13 @@ class Backward(Operation):
         return self.wanted
 
     def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
-        """As those of `Forward`."""
+        """Return shape and dtype of each result."""
         return {name: (tuple(inputs[name].shape), inputs[name].dtype) for name in self.wanted}
+
+
+@dataclass(frozen=True)
+class Backward(Gradients):
+    """The gradients of the `wanted` inputs, from those of ``(out, lse)``; these are in `data`."""
 
     @squeezing
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
@@ -218,55 +212,27 @@ class Backward(Operation):
         found = backward(xp, spec, data | inputs, self.wanted)
         return dict(zip(self.wanted, found, strict=True))
 
-    def tangent(
-        self,
-        apply: Apply,
-        spec: Spec,
-        data: dict[str, Any],
-        inputs: Arrays,
-        outputs: Arrays,
-        tangents: Arrays,
-    ) -> Arrays:
+    def tangent(self, at: Point, tangents: Arrays) -> Arrays:
         """As that of `Forward`."""
-        return apply(Second(self.wanted), spec, data, inputs | as_tangents(tangents))
+        return at.call(Second(self.wanted), at.inputs | as_tangents(tangents))
 
-    def cotangent(
-        self,
-        apply: Apply,
-        spec: Spec,
-        data: dict[str, Any],
-        inputs: Arrays,
-        outputs: Arrays,
-        cotangents: Arrays,
-        wanted: Names,
-    ) -> Arrays:
+    def cotangent(self, at: Point, cotangents: Arrays, wanted: Names) -> Arrays:
         """As that of `Forward`."""
         moved = as_tangents(cotangents)
         found: Arrays = {}
         if bars := tuple(name for name in wanted if name in COTANGENTS):
-            moves = apply(Tangent(), spec, data, primals(inputs) | moved)
+            moves = at.call(Tangent(), primals(at.inputs) | moved)
             found |= {name: moves[name.removeprefix("d_")] for name in bars}
         if still := tuple(name for name in wanted if name not in COTANGENTS):
-            found |= apply(Second(still), spec, data, inputs | moved)
+            found |= at.call(Second(still), at.inputs | moved)
         return found
 
 
 @dataclass(frozen=True)
-class Second(Operation):
+class Second(Gradients):
     """The tangents of what `Backward` gives."""
 
-    wanted: Names
-
     tangent = None
-
-    @property
-    def outputs(self) -> Names:
-        """The names of the results."""
-        return self.wanted
-
-    def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
-        """As those of `Forward`."""
-        return {name: (tuple(inputs[name].shape), inputs[name].dtype) for name in self.wanted}
 
     @squeezing
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
@@ -274,16 +240,7 @@ class Second(Operation):
         found = second(xp, spec, data | inputs, self.wanted)
         return dict(zip(self.wanted, found, strict=True))
 
-    def cotangent(
-        self,
-        apply: Apply,
-        spec: Spec,
-        data: dict[str, Any],
-        inputs: Arrays,
-        outputs: Arrays,
-        cotangents: Arrays,
-        wanted: Names,
-    ) -> Arrays:
+    def cotangent(self, at: Point, cotangents: Arrays, wanted: Names) -> Arrays:
         """As that of `Forward`, for the tangents alone."""
         if still := [name for name in wanted if not name.endswith(TANGENT)]:
             raise NotImplementedError(
@@ -291,12 +248,12 @@ class Second(Operation):
                 f"{', '.join(still)}, is not given"
             )
         wanted = tuple(name.removesuffix(TANGENT) for name in wanted)
-        bars = {name: inputs[name] for name in COTANGENTS}
-        moves = primals(inputs) | as_tangents(cotangents)
+        bars = {name: at.inputs[name] for name in COTANGENTS}
+        moves = primals(at.inputs) | as_tangents(cotangents)
         found: Arrays = {}
         if arrays := tuple(name for name in wanted if name not in COTANGENTS):
-            found |= apply(Second(arrays), spec, data, moves | bars)
+            found |= at.call(Second(arrays), moves | bars)
         if of_bars := tuple(name for name in wanted if name in COTANGENTS):
-            moved = apply(Tangent(), spec, data, moves)
+            moved = at.call(Tangent(), moves)
             found |= {name: moved[name.removeprefix("d_")] for name in of_bars}
         return as_tangents(found)

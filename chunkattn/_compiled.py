@@ -65,8 +65,8 @@ def backward(
         if name in results
     }
     wanted = tuple(name.removesuffix(SUFFIX) for name in names)
-    apply = xp.differentiable
-    found = algorithm.cotangent(apply, spec, request.data, request.inputs, results, bars, wanted)
+    at = algorithm.at(xp.differentiable, spec, request.data, request.inputs, results)
+    found = algorithm.cotangent(at, bars, wanted)
     return {name: found[name.removesuffix(SUFFIX)] for name in names}
 
 

@@ -91,7 +91,8 @@ def _with_gradients(
     def apply(operation: Any, spec: Any, data: Any, inputs: Any) -> Any:
         return operation(xp, spec, data, inputs)
 
-    gradients = operation.cotangent(apply, spec, data, inputs, found, bars, tuple(inputs))
+    at = operation.at(apply, spec, data, inputs, found)
+    gradients = operation.cotangent(at, bars, tuple(inputs))
     return found["out"], gradients
 
 

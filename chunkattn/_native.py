@@ -17,16 +17,15 @@ from typing import Any
 from . import _parts
 from ._calculus import (
     RESULTS,
-    Apply,
     Arrays,
     Backward,
     Forward,
+    Gradients,
     Names,
     Operation,
-    Second,
+    Point,
     Shapes,
     as_cotangents,
-    as_tangents,
     primals,
     results,
 )
@@ -112,63 +111,36 @@ class Native(Operation):
             found["lse"] = xp.cast(lse, spec.compute)
         return found
 
-    def tangent(
-        self,
-        apply: Apply,
-        spec: Spec,
-        data: dict[str, Any],
-        inputs: Arrays,
-        outputs: Arrays,
-        tangents: Arrays,
-    ) -> Arrays:
+    def tangent(self, at: Point, tangents: Arrays) -> Arrays:
         """As that of `Forward`, from results that are more exact."""
-        forward = Forward().with_residuals(spec)
-        exact = apply(forward, spec, data, inputs)
-        moved = forward.tangent(apply, spec, data, inputs, exact, tangents)
+        forward = Forward().with_residuals(at.spec)
+        exact = at._replace(outputs=at.call(forward, at.inputs))
+        moved = forward.tangent(exact, tangents)
         return {name: moved[name] for name in RESULTS[: 1 + self.return_lse]}
 
-    def cotangent(
-        self,
-        apply: Apply,
-        spec: Spec,
-        data: dict[str, Any],
-        inputs: Arrays,
-        outputs: Arrays,
-        cotangents: Arrays,
-        wanted: Names,
-    ) -> Arrays:
+    def cotangent(self, at: Point, cotangents: Arrays, wanted: Names) -> Arrays:
         """Return the gradients by the kernel, or by tiles where `lse` or a bias takes part."""
         if self.return_lse or not set(wanted) <= set(TOKENS):
-            forward = Forward().with_residuals(spec)
-            exact = apply(forward, spec, data, inputs)
-            return forward.cotangent(apply, spec, data, inputs, exact, cotangents, wanted)
-        known = {name: outputs[name] for name in RESULTS if name in outputs}
-        known["out"] = outputs.get("exact", outputs["out"])
+            forward = Forward().with_residuals(at.spec)
+            exact = at._replace(outputs=at.call(forward, at.inputs))
+            return forward.cotangent(exact, cotangents, wanted)
+        known = {name: at.outputs[name] for name in RESULTS if name in at.outputs}
+        known["out"] = at.outputs.get("exact", at.outputs["out"])
         bars = as_cotangents({"out": cotangents["out"]})
-        backward = NativeBackward(self.kernel, self.causal, self.scale, self.parts, wanted)
-        return apply(backward, spec, data | known, inputs | bars)
+        backward = NativeBackward(wanted, self.kernel, self.causal, self.scale, self.parts)
+        return at.call(backward, at.inputs | bars, known)
 
 
 @dataclass(frozen=True)
-class NativeBackward(Operation):
+class NativeBackward(Gradients):
     """The gradients of query, key and value by a kernel, from that of `out`."""
 
     kernel: Any
     causal: bool
     scale: float
     parts: Parts | None
-    wanted: Names
 
     calls_kernel = True
-
-    @property
-    def outputs(self) -> Names:
-        """The names of the results."""
-        return self.wanted
-
-    def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
-        """As those of `Forward`."""
-        return Backward(self.wanted).shapes(spec, data, inputs)
 
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
@@ -202,37 +174,17 @@ class NativeBackward(Operation):
             found[name] = out_to_caller(xp, spec, like(xp, gradients[name], shape))
         return found
 
-    def _exact(
-        self, apply: Apply, spec: Spec, data: dict[str, Any], inputs: Arrays
-    ) -> tuple[dict[str, Any], Arrays]:
-        """Return the data and inputs of `Backward` for the same gradients, from exact results."""
-        exact = apply(Forward().with_residuals(spec), spec, data, primals(inputs))
-        return data | results(exact), inputs | {"d_lse": exact["lse"] - exact["lse"]}
-
-    def tangent(
-        self,
-        apply: Apply,
-        spec: Spec,
-        data: dict[str, Any],
-        inputs: Arrays,
-        outputs: Arrays,
-        tangents: Arrays,
-    ) -> Arrays:
+    def tangent(self, at: Point, tangents: Arrays) -> Arrays:
         """As that of `Backward`."""
-        data, inputs = self._exact(apply, spec, data, inputs)
-        return apply(Second(self.wanted), spec, data, inputs | as_tangents(tangents))
+        return Backward(self.wanted).tangent(_exactly(at), tangents)
 
-    def cotangent(
-        self,
-        apply: Apply,
-        spec: Spec,
-        data: dict[str, Any],
-        inputs: Arrays,
-        outputs: Arrays,
-        cotangents: Arrays,
-        wanted: Names,
-    ) -> Arrays:
+    def cotangent(self, at: Point, cotangents: Arrays, wanted: Names) -> Arrays:
         """As that of `Backward`."""
-        data, inputs = self._exact(apply, spec, data, inputs)
-        rule = Backward(self.wanted).cotangent
-        return rule(apply, spec, data, inputs, outputs, cotangents, wanted)
+        return Backward(self.wanted).cotangent(_exactly(at), cotangents, wanted)
+
+
+def _exactly(at: Point) -> Point:
+    """Return where `Backward` gives the same gradients, from exact results."""
+    exact = at.call(Forward().with_residuals(at.spec), primals(at.inputs))
+    d_lse = exact["lse"] - exact["lse"]
+    return at._replace(data=at.data | results(exact), inputs=at.inputs | {"d_lse": d_lse})
