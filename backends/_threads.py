@@ -50,14 +50,18 @@ class _Blas:
                 give_up(force=True)
 
     def architectures(self) -> set[str]:
-        """Return the kinds of CPU whose kernels the libraries take; "" if one does not tell."""
+        """Return the kinds of CPU whose kernels the BLAS libraries of the process take.
+
+        As OpenBLAS names them; "" for another BLAS, and no kind at all where threadpoolctl is
+        missing.
+        """
         if threadpoolctl is None:
             return set()
         with self.lock:
             return {getattr(library, "architecture", None) or "" for library in self._find()}
 
     def share(self) -> int:
-        """Return how many threads a call that starts now should take."""
+        """Return how many threads a call that starts now should take: those that BLAS would."""
         if threadpoolctl is None:
             return 1
         with self.lock:
@@ -108,17 +112,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_blas.after_fork)
 
 
-def share() -> int:
-    """Return how many threads a call that starts now should take: those that BLAS would."""
-    return _blas.share()
-
-
-def architectures() -> set[str]:
-    """Return the kinds of CPU whose kernels the BLAS libraries of the process take.
-
-    As OpenBLAS names them; "" for another BLAS, and no kind at all where threadpoolctl is missing.
-    """
-    return _blas.architectures()
+share, architectures = _blas.share, _blas.architectures
 
 
 def as_one_of(tasks: int, function: Callable[..., Any], *args: Any) -> Any:

@@ -1,60 +1,9 @@
 """The adapter for any library of the array API standard, and the contract of every adapter.
 
 An adapter stands in for its library's namespace in the algorithm: an attribute that it does
-not define is the namespace's own (``xp.exp``, ``xp.sum``, …).  On top of that it has these verbs,
-here written with the standard alone (2021.12 and later):
-
-====================  ======================================================================
-``floats``            name to dtype of the floating dtypes that attention takes
-``is_integer``        whether a dtype is one of integers; ``is_bool`` likewise
-``check``             refuses arrays of the library that attention would misread
-``traced``            whether values are yet unknown
-``device(x)``         where `x` lives, or None where that cannot be told (a traced array)
-``setting(like)``     what a call depends on beside shapes and keywords: the device, modes
-``tile_sizes(like)``  the sizes of tiles that suit the device of `like`, forward or backward
-``new(like, …)``      a filled array on the device of `like`
-``index(like, n)``    the integers 0 … n-1 on the device of `like`
-``cast(x, dtype)``    `x` in `dtype`, itself where it is already
-``read``, ``cut``     a run of entries along an axis, or along several; starts may be traced
-``write``             puts a part into an array; its corner may be traced
-``accumulate``        adds to a part of an array; likewise
-``workspace``         memory that `matmul` may write to again and again, or None
-``matmul``            the product in the dtype of its operands, which have the compute dtype
-``add_product``       ``x + a @ b``, likewise; may overwrite `x`
-``exp_difference``    ``exp(x - y)``; may overwrite `x`
-``cap``               the softcap of scores; may overwrite its argument
-``squeezes``          whether products take longer with batch axes of length 1
-``seeks_bound``       whether to find out if scores are small, and need no maximum
-``weigh``             the softmax of rows of scores, but for its division
-``hide``              masking; may overwrite its argument
-``barrier``           a mask as what is added to scores
-``ordered``           integers as ones that can be compared by size
-``looks``             whether to look at masks, to spare what they hide
-``some``, ``every``   which columns have a true value, or nothing else
-``maximum``           the larger of two arrays, element by element (standard since 2023.12)
-``index_dtype``       the dtype of positions
-``as_index``          an integer array of no axes as loop bound
-``smaller, larger``   of two loop bounds
-``nonfinite``         whether NaN or inf is in an array, as `when` takes it
-``when``              a choice between two functions by a boolean array of no axes
-``pieces``            how an axis is cut into chunks; ``query_pieces``: that of queries
-``at_once``           how many steps of `each` run at a time
-``fold``              a loop that carries a state
-``each``              a loop whose steps write to places that do not overlap
-``promoted``          query, key and value in the dtype that a surrounding mode asks for
-``random_seed``       an integer of the library's default generator, or None
-``lift``              a function of the caller's, with the arrays it captures as an argument
-``pushforward``       the tangent of a score_mod on a tile
-``pullback``          the gradients of a score_mod on a tile
-``watched``           whether derivatives by some arrays may be asked for
-``footprint(like)``   what the library holds of its own beside the algorithm's arrays
-``compiled_bytes``    what a compiled call holds, where a library plans that ahead
-``stand_in``          calls a function with arrays of given shapes that take no memory
-``no_kernel``         why no kernel takes arrays where these are
-``kernel``            the library's own fused attention for a plain call
-``run``               calls an algorithm that the library may differentiate by itself
-``differentiable``    calls an operation that comes with rules for its derivatives
-====================  ======================================================================
+not define is the namespace's own (``xp.exp``, ``xp.sum``, …).  On top of that it has the verbs of
+`Adapter`, here written with the standard alone (2021.12 and later); other adapters override what
+their library does better.
 
 Two tricks spare the algorithm a branch per library.  ``x *= y`` works in place where arrays are
 mutable and makes a new array where they are not.  A loop index is an ``int`` or a traced scalar,
@@ -104,6 +53,8 @@ class Adapter:
     def __repr__(self) -> str:
         return f"<{type(self).__module__}.Adapter of {self.namespace.__name__}>"
 
+    # The library, its dtypes and devices.
+
     @property
     def name(self) -> str:
         """The library's name as users know it."""
@@ -150,6 +101,8 @@ class Adapter:
         """Return the sizes of tiles that suit the device of `like` in a pass; here for a CPU."""
         return OF_CPU
 
+    # Arrays: made, read and written.
+
     def new(self, like: Array, shape: Sequence[int], fill: float, dtype: Any) -> Array:
         """Return an array of `shape` and `dtype` full of `fill`, on the device of `like`."""
         return self.full(tuple(shape), fill, dtype=dtype, device=self.device(like))
@@ -180,6 +133,8 @@ class Adapter:
         """Add `value` to what is in `x` at a `corner`; return `x` or its successor."""
         x[_place(value, corner)] += value
         return x
+
+    # The arithmetic of tiles.  What may overwrite its argument says so.
 
     def workspace(self, like: Array, size: int, dtype: Any) -> Array | None:
         """Return memory for `size` elements that `matmul` may write to, or None."""
@@ -225,6 +180,12 @@ class Adapter:
         weights = self.exp_difference(s, top)
         return weights, self.sum(weights, axis=-1, keepdims=True, dtype=s.dtype), top
 
+    def maximum(self, a: Array, b: Array) -> Array:
+        """Return the larger of `a` and `b`, NaN where either is NaN."""
+        return self.where((a > b) | (a != a), a, b)
+
+    # Masks.
+
     def hide(self, x: Array, allowed: Array, fill: float) -> Array:
         """Return `x` with `fill` where not `allowed`; `x` may be overwritten."""
         return self.where(allowed, x, self.new(x, (), fill, x.dtype))
@@ -253,9 +214,7 @@ class Adapter:
         """Return which entries along the last of several axes are true everywhere in the others."""
         return self.all(x, axis=tuple(range(x.ndim - 1)))
 
-    def maximum(self, a: Array, b: Array) -> Array:
-        """Return the larger of `a` and `b`, NaN where either is NaN."""
-        return self.where((a > b) | (a != a), a, b)
+    # Loops and branches; their bounds and conditions may be traced.
 
     def as_index(self, x: Array) -> Index:
         """Return an integer array of no axes as something to bound a loop with."""
@@ -325,6 +284,8 @@ class Adapter:
         """Return how many of `count` steps of `each` run at a time."""
         return min(count, 1)
 
+    # What a call holds, and what modes around it ask for.
+
     def watched(self, arrays: Any) -> bool:
         """Whether derivatives by some of the arrays in a nest may be asked for."""
         return self.traced(arrays)
@@ -364,6 +325,8 @@ class Adapter:
         """
         return None
 
+    # The caller's functions.
+
     def lift(
         self,
         function: Callable[..., Array],
@@ -394,6 +357,8 @@ class Adapter:
         """Return the gradients of a score_mod's arguments; None for what is not floating."""
         return (cotangent * function.derivative(primals[0]),)
 
+    # The library's own attention.
+
     def no_kernel(self, inputs: dict[str, Array]) -> str | None:
         """Return why no fused kernel takes any arrays where these are; None where one may."""
         return f"{self.name} has no attention of its own"
@@ -404,18 +369,25 @@ class Adapter:
         `call` has arrays `query`, `key`, `value` of shape (b, h, n, d), perhaps with fewer heads of
         key and value, the boolean `causal`, and the float `scale`.  With `adds` the kernel will be
         called for parts of it, in the compute dtype, that have an array `added` to the scores,
-        of shape (b, h, n_q, n_k) or 1 in their place.  A kernel is hashable and has
+        of shape (b, h, n_q, n_k) or 1 in their place.  A kernel is hashable, has its name as
+        `repr`, and has
 
+        ``needs_lse``
+            whether `backward` takes `lse`
+        ``exact``
+            whether `forward` gives `out` in the compute dtype where "exact" is among the names
         ``forward(call, names)``
             returns ``(out, lse)``, lse of shape (b, h, n_q), or None where not among the names
         ``backward(call, out, lse, d_out)``
             returns the gradients of query, key and value; `lse` is None unless ``needs_lse``
         ``scratch(rows, keys, number, training)``
-            returns what it takes for itself, for `plan`
+            returns what it takes for itself, for `plan`; not needed with `compiled_bytes`
         ``reorders(added, folded)``
             with `adds`: whether it copies what is added, likewise
         """
         raise NotImplementedError
+
+    # Calls of algorithms.
 
     def run(
         self,
@@ -436,7 +408,7 @@ class Adapter:
 
         `operation` and `spec` are hashable; where `spec.calls_back`, or `operation.done` is given,
         functions of the caller run inside, which may hold anything.  A library with automatic
-        differentiation calls the operation's rules at ``operation.at(apply, spec, data, inputs,
+        differentiation calls the operation's rules at ``operation.point(apply, spec, data, inputs,
         outputs)``, a named tuple, where `apply` is a function like this one (without `self`):
 
         ``operation.tangent(at, tangents)``

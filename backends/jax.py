@@ -43,11 +43,18 @@ def _traced(adapter: Adapter, operation: Any, spec: Any, *arrays: Any) -> Any:
     return jax_types.automatic(call, operation, spec)(*arrays)
 
 
-def _is_reusable(spec: Any) -> bool:
-    return all(getattr(function, "reusable", False) for function in spec.functions)
+def _kept(cached: Any, operation: Any, spec: Any) -> Any:
+    """Return the cached function; itself, without the cache, for what should not be kept.
+
+    Functions of the caller are equal where their traces are, and pass what they capture; where that
+    cannot be told, they may have changed by the next call, or hold arrays that should not outlive
+    it.
+    """
+    reusable = all(getattr(function, "reusable", False) for function in spec.functions)
+    return cached if reusable and operation.done is None else cached.__wrapped__
 
 
-def _is_static(x: Any) -> bool:
+def _is_number(x: Any) -> bool:
     return isinstance(x, bool | int | float)
 
 
@@ -56,7 +63,7 @@ def _planned(
     adapter: Adapter, function: Any, operation: Any, spec: Any, tree: Any, given: tuple[Any, ...]
 ) -> int:
     """Return the temporary memory of a compiled call of arrays with the `given` shapes."""
-    leaves = [x if _is_static(x) else jax.ShapeDtypeStruct(*x) for x in given]
+    leaves = [x if _is_number(x) else jax.ShapeDtypeStruct(*x) for x in given]
     arrays = jax.tree.unflatten(tree, leaves)
     compiled = jax.jit(functools.partial(function, adapter, operation, spec)).lower(*arrays)
     return int(compiled.compile().memory_analysis().temp_size_in_bytes)
@@ -66,7 +73,7 @@ def _is_floating(x: Array) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.floating))
 
 
-def _static(*bounds: Index) -> bool:
+def _are_ints(*bounds: Index) -> bool:
     return all(isinstance(bound, int) for bound in bounds)
 
 
@@ -177,12 +184,7 @@ class Adapter(generic.Adapter):
         """Return ``a @ b``, in full precision unless `jax.default_matmul_precision` is set."""
         chosen = jax.config.jax_default_matmul_precision
         precision = lax.Precision.HIGHEST if chosen is None else None
-        lead = a.shape[:-2]
-        if 1 not in lead or lead != b.shape[:-2] or self._platform(a) != "cpu":
-            return jnp.matmul(a, b, precision=precision)
-        ones = [axis for axis, n in enumerate(lead) if n == 1]
-        product = jnp.matmul(lax.squeeze(a, ones), lax.squeeze(b, ones), precision=precision)
-        return lax.expand_dims(product, ones)
+        return jnp.matmul(a, b, precision=precision)
 
     def looks(self, like: Array) -> bool:
         """Whether XLA computes on a CPU; on a GPU the host would wait to branch."""
@@ -205,11 +207,11 @@ class Adapter(generic.Adapter):
 
     def smaller(self, a: Index, b: Index) -> Index:
         """Return the smaller bound, traced where either is."""
-        return min(a, b) if _static(a, b) else jnp.minimum(a, b)
+        return min(a, b) if _are_ints(a, b) else jnp.minimum(a, b)
 
     def larger(self, a: Index, b: Index) -> Index:
         """Return the larger bound, traced where either is."""
-        return max(a, b) if _static(a, b) else jnp.maximum(a, b)
+        return max(a, b) if _are_ints(a, b) else jnp.maximum(a, b)
 
     def when(self, test: Array, then: Callable[[], Array], other: Callable[[], Array]) -> Array:
         """Branch on a test that may be traced."""
@@ -225,11 +227,11 @@ class Adapter(generic.Adapter):
         self, step: Callable[[State, Index], State], state: State, start: Index, stop: Index
     ) -> State:
         """Loop with bounds that may be traced; no step leaves no trace, and one step no loop."""
-        if start is stop or (_static(start, stop) and start >= stop):
+        if start is stop or (_are_ints(start, stop) and start >= stop):
             return state
-        if _static(start, stop) and start + 1 == stop:
+        if _are_ints(start, stop) and start + 1 == stop:
             return step(state, start)
-        if not _static(start, stop):
+        if not _are_ints(start, stop):
             start, stop = (jnp.asarray(x, self.index_dtype) for x in (start, stop))
             start, stop, state = jax_types.vary(
                 (start, stop, state), jax_types.axes_of(start, stop, state)
@@ -265,13 +267,12 @@ class Adapter(generic.Adapter):
 
     def compiled_bytes(self, function: Any, operation: Any, spec: Any, *arrays: Any) -> int | None:
         """Ask XLA, which plans all memory as it compiles."""
-        own = operation.done is not None or not _is_reusable(spec)
-        planned = (
-            _planned.__wrapped__ if own else _planned
-        )  # as `differentiable` keeps compilations
         leaves, tree = jax.tree.flatten(arrays)
-        given = tuple(x if _is_static(x) else (tuple(x.shape), x.dtype) for x in leaves)
-        return planned(self, function, operation, spec, tree, given)
+        given = tuple(x if _is_number(x) else (tuple(x.shape), x.dtype) for x in leaves)
+        planned: int = _kept(_planned, operation, spec)(
+            self, function, operation, spec, tree, given
+        )
+        return planned
 
     def stand_in(
         self, function: Callable[..., Any], like: Array, specs: list[tuple[Any, Any]]
@@ -331,13 +332,10 @@ class Adapter(generic.Adapter):
     ) -> dict[str, Array]:
         """Call the operation compiled, where arrays are traced as a primitive with its rules.
 
-        The compilation is kept for equal shapes and keywords.  Functions of the caller are equal
-        where their traces are, and pass what they capture; where that cannot be told, nothing is
-        kept, as they may have changed by the next call, or hold arrays that should not outlive it.
+        The compilation is kept for equal shapes and keywords.
         """
-        own = operation.done is not None or not _is_reusable(spec)
         function = _traced if self.traced((data, inputs)) else _call
-        compiled = (_operations.__wrapped__ if own else _operations)(function, self)
+        compiled = _kept(_operations, operation, spec)(function, self)
         found: dict[str, Array] = compiled(operation, spec, data, inputs)
         if operation.done is not None:
             jax.block_until_ready(found)

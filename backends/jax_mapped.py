@@ -51,9 +51,9 @@ class Mapped:
         return names
 
     @property
-    def at(self) -> Any:
-        """What makes the points at which rules are called."""
-        return self.operation.at
+    def point(self) -> Any:
+        """The class of the points at which rules are called."""
+        return self.operation.point
 
     @property
     def axes(self) -> tuple[Any, dict[str, int | None]]:
@@ -67,9 +67,7 @@ class Mapped:
         )
         return mapped
 
-    def shapes(
-        self, spec: Any, data: dict[str, Any], inputs: Arrays
-    ) -> dict[str, tuple[tuple[int, ...], Any]]:
+    def shapes(self, spec: Any, inputs: Arrays) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Return shape and dtype of each result."""
 
         def one(x: Any, dim: int | None) -> Any:
@@ -78,10 +76,9 @@ class Mapped:
                 shape = shape[:dim] + shape[dim + 1 :]
             return jax.ShapeDtypeStruct(shape, x.dtype)
 
-        flat = jax.tree.leaves((data, inputs))
-        ones = map(one, flat, self.dims)
-        data, inputs = jax.tree.unflatten(self.tree, ones)
-        shapes = self.operation.shapes(spec, data, inputs)
+        of_inputs = self.axes[1]
+        ones = {name: one(x, of_inputs[name]) for name, x in inputs.items()}
+        shapes = self.operation.shapes(spec, ones)
         return {name: ((self.size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
     def __call__(self, xp: Any, spec: Any, data: dict[str, Any], inputs: Arrays) -> Arrays:

@@ -80,7 +80,7 @@ class Call:
 
     def at(self, data: dict[str, Any], inputs: Arrays, results: Arrays) -> Any:
         """Return where rules are called."""
-        return self.operation.at(self.again, self.spec, data, inputs, results)
+        return self.operation.point(self.again, self.spec, data, inputs, results)
 
     def compute(self, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Return the operation's results."""
@@ -123,7 +123,7 @@ def _move(*flat: Array, call: Call) -> list[Array]:
 
 def _types(*flat: Any, call: Call) -> list[Any]:
     """Return the types of the results, or of their tangents, from those of the arguments."""
-    shapes = call.operation.shapes(call.spec, *call.arrays(flat)[:2])
+    shapes = call.operation.shapes(call.spec, call.arrays(flat)[1])
     return [shaped(shapes[name], axes_of(*flat)) for name in call.operation.outputs]
 
 

@@ -74,7 +74,7 @@ def automatic(function: Callable[..., Arrays], operation: Any, spec: Any) -> Cal
         mesh = explicit_mesh(data, inputs)
         if mesh is None or _auto_axes is None:
             return function(data, inputs)
-        shapes = operation.shapes(spec, data, inputs)
+        shapes = operation.shapes(spec, inputs)
         shardings = {
             name: NamedSharding(
                 mesh,

@@ -43,7 +43,7 @@ def computed(
     """
     like = inputs["query"]
     if is_shape(like):
-        shapes = operation.shapes(spec, data, inputs)
+        shapes = operation.shapes(spec, inputs)
         return {name: like.new_empty(shape, dtype=t) for name, (shape, t) in shapes.items()}
     device = like.device.type
     mixed = torch.is_autocast_enabled(device)
@@ -228,4 +228,4 @@ def _point(ctx: Any) -> Any:
     operation = call.operation
     outputs = dict(zip(operation.outputs, saved[call.size :], strict=False))
     arrays = call.arrays(saved[: call.size])
-    return operation.at(call.adapter.differentiable, call.spec, *arrays, outputs)
+    return operation.point(call.adapter.differentiable, call.spec, *arrays, outputs)

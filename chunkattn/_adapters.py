@@ -58,10 +58,10 @@ def loaded(x: Array) -> Any:
 
 def adapter_of(x: Array, name: str) -> Any:
     """Return the adapter for the array `x`, the argument called `name`."""
-    return _checked(x, name, compiling())
+    return _adapter_of(x, name, compiling())
 
 
-def _checked(x: Array, name: str, tracing: bool) -> Any:
+def _adapter_of(x: Array, name: str, tracing: bool) -> Any:
     """Do the work of `adapter_of`; `tracing` is whether the compiler looks on."""
     adapter = None if tracing else _BY_CLASS.get(type(x))
     if adapter is None:
@@ -92,10 +92,10 @@ def common_adapter(arrays: Iterable[tuple[str, Array]]) -> Any:
     """Return the adapter that all `arrays`, with their names, share; refuse two libraries."""
     (first, x), *rest = arrays
     tracing = compiling()
-    xp = _checked(x, first, tracing)
+    xp = _adapter_of(x, first, tracing)
     device, place = xp.device(x), first
     for name, y in rest:
-        other = _checked(y, name, tracing)
+        other = _adapter_of(y, name, tracing)
         if other is not xp:
             raise TypeError(
                 f"{first} is a {xp.name} array and {name} is a {other.name} array; "

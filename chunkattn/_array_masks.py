@@ -70,6 +70,9 @@ class Segments(Mask):
     key: Array | None = None
 
     positional = False
+    tile_axes = "bqk"  # one for each batch entry
+    tile_limit = 256  # documents are often short
+    key_arrays = 5  # comparisons with the ids of the queries
 
     def __post_init__(self) -> None:
         for name in ("query", "key"):
@@ -123,21 +126,6 @@ class Segments(Mask):
         keys = xp.read(rows.of_batch(self._keys, 1), -1, tile.start, tile.size)
         return queries[..., None, :, None] == keys[..., None, None, :]
 
-    @property
-    def tile_axes(self) -> str:
-        """One for each batch entry."""
-        return "bqk"
-
-    @property
-    def key_arrays(self) -> int:
-        """Comparisons with the ids of the queries."""
-        return 5
-
-    @property
-    def tile_limit(self) -> int:
-        """Documents are often short."""
-        return 256
-
 
 @dataclass(frozen=True)
 class Dense(Mask):
@@ -167,6 +155,7 @@ class Dense(Mask):
     allowed: Array
 
     positional = False
+    tile_arrays = 0  # it is a view
 
     def check(self, xp: Any, shapes: Shapes) -> None:
         """Refuse an array that is not boolean or does not broadcast to the scores."""
@@ -210,11 +199,6 @@ class Dense(Mask):
     def tile_axes(self) -> str:
         """Those that do not broadcast."""
         return axes_of_pairs(self.allowed)
-
-    @property
-    def tile_arrays(self) -> int:
-        """None: it is a view."""
-        return 0
 
     @property
     def key_arrays(self) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 from ._adapters import compiling
-from ._choice import operation
-from ._memory import prepared
+from ._choice import prepared
+from ._problem import TOKENS
 from ._progress import Progress
 from ._request import Request
 
@@ -100,8 +101,8 @@ def attention(
         Needed where `dropout` is not 0.
     query_offset : int or integer array over the batch axes, optional
         Position of query 0 on the axis of key positions.  Default 0; to be given where a causal
-        mask meets ``n_q != n_k``, since libraries disagree on the alignment: 0 is PyTorch's and
-        JAX's, ``n_k - n_q`` FlashAttention's (decoding with a cache).
+        mask or a `Window` meets ``n_q != n_k``, since libraries disagree on the alignment: 0 is
+        PyTorch's and JAX's, ``n_k - n_q`` FlashAttention's (decoding with a cache).
     key_offset : int or integer array without axes, default 0
         Position of key 0: where `key` is a piece of a longer sequence.
     layout : {"hnd", "nhd"}, default "hnd"
@@ -115,17 +116,17 @@ def attention(
         "64MiB" (2²⁰ bytes) and the like.  Tiles are made smaller until they fit, as `plan` counts;
         where the smallest do not, the error says what the least is.  The limit counts gradients
         too, where they may be asked for: of PyTorch's tensors that require them, and under JAX's
-        transformations.  It does not cover forward mode and second order.
+        transformations.  It does not cover forward mode and second order, and "standard" has none.
     compute_dtype : dtype or str, optional
         float32 or float64: the dtype of scores, sums and `lse`.  Default float64 for float64
         inputs, else float32.
     implementation : {"auto", "chunked", "native", "standard"}, default "auto"
         "chunked": the tiles of this library; "standard": textbook attention, with all scores at
         once, as a reference; "native": a fused kernel of the array's own library (PyTorch's on CPU
-        and CUDA, cuDNN by JAX), for calls with no more than a causal mask, on a CPU also with
-        masks of `chunkattn.masks` and a bias; "auto": native on GPUs, and where it is faster and as
-        exact, unless chunk sizes are given; else chunked.  The logger ``chunkattn`` tells at level
-        DEBUG what a call took, and why.
+        and CUDA, cuDNN by JAX), for calls with ``d_v = d`` and no more than a causal mask, on a
+        CPU also with a bias and the masks of `chunkattn.masks` that are no function; "auto":
+        native on GPUs, and where it is faster and as exact, unless chunk sizes are given; else
+        chunked.  The logger ``chunkattn`` tells at level DEBUG what a call took, and why.
     return_lse : bool, default False
         Whether to return ``(out, lse)``.
     progress : bool or callable(done, total), optional
@@ -147,10 +148,11 @@ def attention(
         If an argument is of a wrong kind or dtype, or the arrays are of two libraries.
     ValueError
         If shapes do not fit together, a number is out of its range, arrays are on two devices, a
-        causal mask meets ``n_q != n_k`` without `query_offset`, or `memory_limit` is too small.
+        causal mask or a `Window` meets ``n_q != n_k`` without `query_offset`, or `memory_limit` is
+        too small or given with "standard".
     NotImplementedError
-        If `implementation` is "native" and no kernel covers the request, or a derivative of third
-        order is asked for.
+        If `implementation` is "native" and no kernel covers the request, or reverse mode is asked
+        for a derivative of third order.
 
     See Also
     --------
@@ -170,7 +172,8 @@ def attention(
 
     PyTorch and JAX differentiate a call as any other function, in memory linear in `n_q` and `n_k`:
     by all floating arrays, also those that `score_mod` captures, in reverse and forward mode and to
-    second order, and whatever `implementation` computed the result.
+    second order (PyTorch but for forward mode of forward mode), and whatever `implementation`
+    computed the result.
 
     PyTorch's compiler, and its export, take a call as one operator, unless functions take part.
 
@@ -218,31 +221,33 @@ def attention(
         "key_chunk_size": key_chunk_size,
         "compute_dtype": compute_dtype,
         "implementation": implementation,
+        "memory_limit": memory_limit,
+        "return_lse": return_lse,
+        "progress": progress,
     }
     if compiling():
         from ._compiled import traced
 
-        further = {"return_lse": return_lse, "progress": progress, "memory_limit": memory_limit}
-        return traced(query, key, value, keywords | further)
-    return compute(query, key, value, return_lse, progress, memory_limit, keywords)
+        return traced(query, key, value, keywords)
+    return compute(query, key, value, keywords)
 
 
-def compute(
-    query: Array,
-    key: Array,
-    value: Array,
-    return_lse: bool,
-    progress: Any,
-    memory_limit: int | str | None,
-    keywords: dict[str, Any],
-) -> Any:
-    """Return what `attention` returns, here and now."""
+_SIGNATURE = signature(attention)
 
-    def choose(request: Request, implementation: str) -> tuple[Any, str]:
-        reports = progress not in (None, False)
-        return operation(request, implementation, return_lse=return_lse, reports=reports)
 
-    request, algorithm, why = prepared((query, key, value), keywords, choose, memory_limit)
+def bound(query: Any, key: Any, value: Any, keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return all keywords of a call of `attention`, which refuses others."""
+    found = _SIGNATURE.bind(query, key, value, **keywords)
+    found.apply_defaults()
+    return {name: x for name, x in found.arguments.items() if name not in TOKENS}
+
+
+def compute(query: Array, key: Array, value: Array, keywords: dict[str, Any]) -> Any:
+    """Return what `attention` returns, here and now; `keywords` are all of its own."""
+    given = dict(keywords)
+    return_lse, progress, limit = map(given.pop, ("return_lse", "progress", "memory_limit"))
+    asked = {"return_lse": return_lse, "reports": progress not in (None, False)}
+    request, algorithm, why = prepared((query, key, value), given, limit, **asked)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s: %s", algorithm.kind(request.spec), why)
     found = run(request, progress, algorithm)

@@ -87,7 +87,7 @@ class Point(NamedTuple):
 class Operation:
     """What operations have in common."""
 
-    at = Point
+    point = Point
     residuals: Names = ()  # the names of further results, that only the rules use
     done: Callable[[], None] | None = None  # called after each chunk of queries
     keeps_outputs = calls_kernel = False
@@ -131,7 +131,7 @@ class Forward(Operation):
         residuals = ("low", "exact")[: 1 + (spec.dtype != spec.compute)]
         return replace(self, asked=RESULTS, residuals=residuals)
 
-    def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
+    def shapes(self, spec: Spec, inputs: Arrays) -> Shapes:
         """Return shape and dtype of each result."""
         lead = () if spec.headless else (*spec.batch, spec.heads)
         out = (*lead, spec.n_q, spec.d_v)
@@ -165,14 +165,14 @@ class Tangent(Operation):
     outputs = RESULTS
     tangent = None
 
-    def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
+    def shapes(self, spec: Spec, inputs: Arrays) -> Shapes:
         """As those of `Forward`."""
-        return Forward().shapes(spec, data, inputs)
+        return Forward().shapes(spec, inputs)
 
     @squeezing
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
-        return dict(zip(RESULTS, tangent(xp, spec, data | inputs), strict=True))
+        return tangent(xp, spec, data | inputs)
 
     def cotangent(self, at: Point, cotangents: Arrays, wanted: Names) -> Arrays:
         """As that of `Forward`."""
@@ -197,7 +197,7 @@ class Gradients(Operation):
         """The names of the results."""
         return self.wanted
 
-    def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
+    def shapes(self, spec: Spec, inputs: Arrays) -> Shapes:
         """Return shape and dtype of each result."""
         return {name: (tuple(inputs[name].shape), inputs[name].dtype) for name in self.wanted}
 
@@ -209,8 +209,7 @@ class Backward(Gradients):
     @squeezing
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
-        found = backward(xp, spec, data | inputs, self.wanted)
-        return dict(zip(self.wanted, found, strict=True))
+        return backward(xp, spec, data | inputs, self.wanted)
 
     def tangent(self, at: Point, tangents: Arrays) -> Arrays:
         """As that of `Forward`."""
@@ -237,8 +236,7 @@ class Second(Gradients):
     @squeezing
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
-        found = second(xp, spec, data | inputs, self.wanted)
-        return dict(zip(self.wanted, found, strict=True))
+        return second(xp, spec, data | inputs, self.wanted)
 
     def cotangent(self, at: Point, cotangents: Arrays, wanted: Names) -> Arrays:
         """As that of `Forward`, for the tangents alone."""

@@ -111,6 +111,14 @@ def _number(name: str, x: Any, limit: float = math.inf, kind: str = "finite") ->
     return number
 
 
+def whole(x: Any) -> int | None:
+    """Return `x` as an int where it is one, or an array without axes of one; a bool is none."""
+    try:
+        return None if isinstance(x, bool) else operator.index(x)
+    except TypeError:
+        return None
+
+
 def index(name: str, x: Any, xp: Any, batch: tuple[int, ...] = ()) -> Any:
     """Return `x` as an int, or as it is where it is an integer array that broadcasts to `batch`."""
     kinds = "an int" + (" or an integer array over the batch axes" if batch else "")
@@ -122,12 +130,9 @@ def index(name: str, x: Any, xp: Any, batch: tuple[int, ...] = ()) -> Any:
                 f"{name} must broadcast to the batch shape {batch}; got shape {tuple(x.shape)}"
             )
         return x
-    if not isinstance(x, bool):
-        try:
-            return operator.index(x)
-        except TypeError:
-            pass
-    raise TypeError(f"{name} must be {kinds}; got {x!r}")
+    if (number := whole(x)) is None:
+        raise TypeError(f"{name} must be {kinds}; got {x!r}")
+    return number
 
 
 def check_positions(xp: Any, name: str, first: Any, n: int) -> None:
@@ -143,11 +148,7 @@ def positive(name: str, x: Any) -> int | None:
     """Return `x` as a positive int; None stays None."""
     if x is None:
         return None
-    try:
-        number = operator.index(x)
-    except TypeError:
-        number = None
-    if number is None or isinstance(x, bool):
+    if (number := whole(x)) is None:
         raise TypeError(f"{name} must be a positive int; got {x!r}")
     if number < 1:
         raise ValueError(f"{name} must be a positive int; got {x!r}")

@@ -6,15 +6,69 @@ from functools import lru_cache
 from typing import Any
 
 from ._calculus import RESULTS, Forward
+from ._memory import bytes_of, number_bytes, terms
 from ._native import Native
 from ._partition import Parts, beats_tiles, parts_of
 from ._plain import plain
 from ._problem import TOKENS
-from ._request import Request
-from ._spec import Spec
+from ._request import Request, make_request
+from ._spec import SMALLEST, Spec
+from ._terms import total
 from .masks import Causal, Dense, Lengths, Segments, Window
 
+Array = Any
+
 _FORWARD = Forward(RESULTS[:1]), Forward(RESULTS)  # one object each: it is a key of compilations
+
+
+def prepared(
+    tokens: tuple[Array, Array, Array],
+    given: dict[str, Any],
+    memory_limit: Any,
+    training: bool | None = None,
+    **asked: bool,
+) -> tuple[Request, Any, str]:
+    """Return the checked request, the operation that computes it within the limit, and why it.
+
+    `training` says whether gradients follow; None: where the library may ask for them.  What else
+    is `asked` is that of `operation`.
+    """
+    limit, wanted = bytes_of(memory_limit), given["implementation"]
+    given = given | {"training": bool(training)}
+    request = make_request(*tokens, **given)
+    algorithm, why = operation(request, wanted, **asked)
+    if limit is None:
+        return request, algorithm, why
+    if wanted == "standard":
+        raise ValueError("memory_limit cannot be held by implementation='standard'")
+    xp = request.xp
+    if training is None:
+        training = xp.watched((request.data, request.inputs))
+    if isinstance(algorithm, Native):
+        needed = total(terms(request, algorithm, training=training))
+        if needed <= limit:
+            return request, algorithm, why
+        if wanted == "native":
+            raise ValueError(f"memory_limit must be at least {needed:,} bytes for this kernel")
+        why = "memory_limit is less than the kernel takes"
+    most = xp.tile_sizes(tokens[0]).elements
+    number = number_bytes(xp, request.spec.compute)
+    while most * number > limit and most > SMALLEST**2:  # the scores alone would be too many
+        most //= 2
+    while True:
+        request = make_request(*tokens, **given | {"implementation": "chunked"}, most=most)
+        algorithm, _ = operation(request, "chunked", **asked)
+        needed = total(terms(request, algorithm, training=training))
+        if needed <= limit:
+            return request, algorithm, why
+        if most <= SMALLEST**2:
+            raise ValueError(
+                f"memory_limit must be at least {needed:,} bytes for this call"
+                f"{' and its gradients' if training else ''} on {xp.name}, which it takes with "
+                f"tiles of {request.spec.schedule.query_chunk} queries and "
+                f"{request.spec.schedule.key_chunk} keys; got {limit:,}"
+            )
+        most = max(SMALLEST**2, min(most // 2, most * limit // needed))
 
 
 def operation(
@@ -23,16 +77,16 @@ def operation(
     *,
     return_lse: bool,
     reports: bool = False,
-    learns: bool = False,
+    bias_gradient: bool = False,
 ) -> tuple[Any, str]:
     """Return what computes `request`, a kernel or this library's algorithm, and why.
 
-    `reports` says whether progress is reported, which no kernel does; `learns` that the gradient of
-    a bias may be asked for, beside what the arrays tell.
+    `reports` says whether progress is reported, which no kernel does; `bias_gradient` that the
+    gradient of a bias may be asked for, beside what the arrays tell.
     """
     if implementation not in ("auto", "native"):
         return _tiles(request, return_lse), f"implementation={implementation!r}"
-    kernel, better, parts, why = _kernel(request, learns)
+    kernel, better, parts, why = _kernel(request, bias_gradient)
     if kernel is not None and reports:
         kernel, why = None, "no kernel reports progress"
     exact = kernel is not None and kernel.exact
@@ -61,7 +115,7 @@ def _tiles(request: Request, return_lse: bool) -> Forward:
     return _FORWARD[return_lse or request.xp.traced(request.inputs)]
 
 
-def _kernel(request: Request, learns: bool) -> tuple[Any, bool, Parts | None, str]:
+def _kernel(request: Request, bias_gradient: bool) -> tuple[Any, bool, Parts | None, str]:
     """Return the kernel for a request or None, whether it is better than tiles, and why.
 
     The third is how the call is cut for it, where that is called for parts.
@@ -69,7 +123,7 @@ def _kernel(request: Request, learns: bool) -> tuple[Any, bool, Parts | None, st
     xp, spec, data, inputs = request.xp, request.spec, request.data, request.inputs
     if (why := xp.no_kernel(inputs)) is not None:  # spare the look at the call
         return None, False, None, why
-    if "bias" in inputs and (learns or xp.watched(inputs["bias"])):
+    if "bias" in inputs and (bias_gradient or xp.watched(inputs["bias"])):
         return None, False, None, "no kernel has the gradient of a bias"
     if "lacking" not in request.known:
         request.known["lacking"] = _lacking(request)

@@ -56,7 +56,7 @@ def _attend_queries(rows: Rows, outputs: dict[str, Array]) -> dict[str, Array]:
     if only is None:
         summary = over_keys(rows, partial(_attend_chunk, workspace), rows.nothing())
     else:
-        weights, total, top = _weigh(only, workspace, rows.lowest())
+        weights, total, top = _weigh(only, workspace, rows.first_top())
         summary = gather(only, weights, only.value), total, top
     out, total, top = summary
     divisor = nonzero(xp, total)

@@ -6,15 +6,13 @@ real where it traces an import, so that the operators are there before the graph
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import repeat
 from typing import Any
 
 from ._adapters import common_adapter, loaded
 from ._attention import compute
 from ._calculus import RESULTS
-from ._choice import operation
-from ._memory import prepared
+from ._choice import prepared
 from ._problem import TOKENS
 from .backends import torch_compile
 from .backends.torch_compile import is_tensor as is_tensor
@@ -65,7 +63,7 @@ def backward(
         if name in results
     }
     wanted = tuple(name.removesuffix(SUFFIX) for name in names)
-    at = algorithm.at(xp.differentiable, spec, request.data, request.inputs, results)
+    at = algorithm.point(xp.differentiable, spec, request.data, request.inputs, results)
     found = algorithm.cotangent(at, bars, wanted)
     return {name: found[name.removesuffix(SUFFIX)] for name in names}
 
@@ -80,8 +78,8 @@ def _call(given: Given) -> tuple[Any, Any]:
     mask = _masks(*(given.pop(name) for name in ("masks", "mask_widths", "mask_tensors")))
     given |= {"mask": mask or None, "score_mod": None}
     limit, tokens = given.pop("memory_limit"), tuple(given.pop(name) for name in TOKENS)
-    choose = partial(operation, return_lse=return_lse, learns=trains)
-    request, algorithm, _ = prepared(tokens, given, choose, limit, training=trains)
+    asked = {"return_lse": return_lse, "bias_gradient": trains}
+    request, algorithm, _ = prepared(tokens, given, limit, trains, **asked)
     return request, algorithm.with_residuals(request.spec) if trains else algorithm
 
 
@@ -90,21 +88,13 @@ operator = torch_compile.register(__package__.replace(".", "_"), forward, backwa
 TORCH = loaded(torch_compile.example())
 
 
-def _eager(query: Array, key: Array, value: Array, keywords: Given) -> Any:
-    given = dict(keywords)
-    return_lse, progress, limit = (
-        given.pop(name) for name in ("return_lse", "progress", "memory_limit")
-    )
-    return compute(query, key, value, return_lse, progress, limit, given)
-
-
-_OUTSIDE = {why: torch_compile.outside(_eager, why) for why in (PYTHON, TRANSFORMED)}
+_OUTSIDE = {why: torch_compile.outside(compute, why) for why in (PYTHON, TRANSFORMED)}
 
 
 def traced(query: Array, key: Array, value: Array, keywords: Given) -> Any:
     """Return what `attention` returns, as a part of a graph."""
     if torch_compile.elsewhere():
-        return _eager(query, key, value, keywords)
+        return compute(query, key, value, keywords)
     tokens = {"query": query, "key": key, "value": value}
     plain = operands(keywords) if all(is_tensor(x) for x in tokens.values()) else None
     if plain is None or torch_compile.transformed():

@@ -33,23 +33,13 @@ Names = tuple[str, ...]
 STATIC = ("masks", "query_offset", "key_offset", "dropout_seed")
 
 
-class Pairs:
-    """Something of the shapes of ``(out, lse)``, for chunk after chunk of queries."""
-
-    def __init__(self, problem: Problem, out: Array, lse: Array) -> None:
-        self.out, self.lse = to_heads(problem.xp, problem.spec, out, lse)
-
-    def of(self, rows: Rows) -> tuple[Array, Array]:
-        """Return the part of `rows`: (…, h, size, d_v) and (…, h, size, 1)."""
-        return rows.read(self.out), rows.read(self.lse)
-
-
 class Results:
     """What the forward pass gave, for chunk after chunk of queries."""
 
     def __init__(self, problem: Problem, arrays: dict[str, Any]) -> None:
-        self.pairs = Pairs(problem, arrays["out"], arrays["lse"])
-        self.low = Pairs(problem, arrays["out"], arrays["low"]).lse
+        xp, spec, out = problem.xp, problem.spec, arrays["out"]
+        self.out, self.lse = to_heads(xp, spec, out, arrays["lse"])
+        _, self.low = to_heads(xp, spec, out, arrays["low"])
 
     def of(self, rows: Rows) -> tuple[Array, Array, Array]:
         """Return `out`, `lse` and a factor for these queries: (…, h, size, d_v or 1).
@@ -58,14 +48,14 @@ class Results:
         ``exp(s - lse)`` of a query are too large by one factor, by the rounding of `lse`; the
         derivatives are linear in them, and are multiplied by this factor in another place.
         """
-        xp, (out, lse) = rows.xp, self.pairs.of(rows)
+        xp, out, lse = rows.xp, rows.read(self.out), rows.read(self.lse)
         lse = xp.where(lse == -float("inf"), xp.zeros_like(lse), lse)
         return out, lse, xp.exp(-rows.read(self.low))
 
     def are_blind(self, rows: Rows) -> Array:
         """Return which of these queries see no key, or none that counts: (…, h, size, 1)."""
-        lse, sinks = rows.read(self.pairs.lse), rows.problem.sinks
-        found: Array = lse <= (-float("inf") if sinks is None else of_sinks(rows, sinks, lse.dtype))
+        lse, sinks = rows.read(self.lse), rows.problem.sinks
+        found: Array = lse <= (-float("inf") if sinks is None else per_head(rows, sinks, lse.dtype))
         return found
 
 
@@ -92,18 +82,18 @@ class Moved:
         return moved
 
 
-def of_sinks(rows: Rows, x: Array, dtype: Any) -> Array:
+def per_head(rows: Rows, x: Array, dtype: Any) -> Array:
     """Return one number for each head as (h, 1, 1)."""
     return rows.xp.cast(rows.of_heads(x), dtype)[:, None, None]
 
 
 def sink_weights(rows: Rows, lse: Array) -> Array:
     """Return the softmax weights of the sinks: (…, h, size, 1)."""
-    sinks = of_sinks(rows, rows.problem.sinks, lse.dtype)
+    sinks = per_head(rows, rows.problem.sinks, lse.dtype)
     return rows.xp.where(sinks == -float("inf"), rows.xp.zeros_like(lse), rows.xp.exp(sinks - lse))
 
 
-def tangent(xp: Any, spec: Spec, arrays: dict[str, Any]) -> tuple[Array, Array]:
+def tangent(xp: Any, spec: Spec, arrays: dict[str, Any]) -> dict[str, Array]:
     """Return the tangents of ``(out, lse)``."""
     problem = Problem(xp, spec, arrays)
     moved = Moved(problem, arrays)
@@ -113,8 +103,7 @@ def tangent(xp: Any, spec: Spec, arrays: dict[str, Any]) -> tuple[Array, Array]:
         found = _tangent_of_rows(rows, moved, results.of(rows))
         return rows.written(outputs, dict(zip(("out", "lse"), found, strict=True)))
 
-    outputs = problem.results(over_queries(problem, queries, problem.outputs()))
-    return outputs["out"], outputs["lse"]
+    return problem.results(over_queries(problem, queries, problem.outputs()))
 
 
 def _tangent_of_rows(
@@ -125,7 +114,7 @@ def _tangent_of_rows(
     out, lse, factor = results
     acc, mean = xp.zeros_like(out), xp.zeros_like(lse)
     if moved.problem.sinks is not None:
-        sinks = of_sinks(rows, moved.problem.sinks, lse.dtype)
+        sinks = per_head(rows, moved.problem.sinks, lse.dtype)
         mean = sink_weights(rows, lse) * sinks
 
     def step(tile: Tile, state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -155,10 +144,10 @@ class Cotangents:
         `lse`, and NaN where ōut is not finite, so that the weights carry it on.
     """
 
-    def __init__(self, rows: Rows, results: Results, cotangents: Pairs) -> None:
+    def __init__(self, rows: Rows, results: Results, cotangents: tuple[Array, Array]) -> None:
         xp = rows.xp
         out, lse, factor = results.of(rows)
-        d_out, d_lse = (rows.once(x * factor) for x in cotangents.of(rows))
+        d_out, d_lse = (rows.once(rows.read(x) * factor) for x in cotangents)
         self.out = rows.grouped(d_out)
         nothing = (out == 0) & results.are_blind(rows)
         product = xp.where(nothing, xp.zeros_like(out), d_out * out)
@@ -167,11 +156,11 @@ class Cotangents:
         self.lse = xp.where(well, lse, xp.new(lse, (), float("nan"), lse.dtype))
 
 
-def backward(xp: Any, spec: Spec, arrays: dict[str, Any], wanted: Names) -> tuple[Array, ...]:
+def backward(xp: Any, spec: Spec, arrays: dict[str, Any], wanted: Names) -> Sums:
     """Return the gradients of the arrays that are `wanted`, in their own shapes and dtypes."""
     problem = Problem(xp, spec.backward, arrays)
     results = Results(problem, arrays)
-    cotangents = Pairs(problem, arrays["d_out"], arrays["d_lse"])
+    cotangents = to_heads(xp, spec, arrays["d_out"], arrays["d_lse"])
 
     def queries(rows: Rows, sums: Sums) -> Sums:
         return _backward_of_rows(rows, Cotangents(rows, results, cotangents), sums)
@@ -209,21 +198,21 @@ def _backward_of_rows(rows: Rows, bar: Cotangents, sums: Sums) -> Sums:
     return sums
 
 
-def second(xp: Any, spec: Spec, arrays: dict[str, Any], wanted: Names) -> tuple[Array, ...]:
+def second(xp: Any, spec: Spec, arrays: dict[str, Any], wanted: Names) -> Sums:
     """Return the tangents of the gradients that `backward` gives."""
     problem = Problem(xp, spec, arrays)
     moved = Moved(problem, arrays)
     results = Results(problem, arrays)
-    cotangents = Pairs(problem, arrays["d_out"], arrays["d_lse"])
-    given = [arrays.get(name + TANGENT) for name in ("d_out", "d_lse")]
-    still = (xp.zeros_like(arrays[name]) for name in ("d_out", "d_lse"))
-    moved_cotangents = Pairs(
-        problem, *(zero if x is None else x for x, zero in zip(given, still, strict=True))
+    cotangents = to_heads(xp, spec, arrays["d_out"], arrays["d_lse"])
+    given = (
+        arrays[name + TANGENT] if name + TANGENT in arrays else xp.zeros_like(arrays[name])
+        for name in ("d_out", "d_lse")
     )
+    moved_cotangents = to_heads(xp, spec, *given)
 
     def queries(rows: Rows, sums: Sums) -> Sums:
         bar = Cotangents(rows, results, cotangents)
-        return _second_of_rows(rows, moved, bar, results.of(rows), moved_cotangents.of(rows), sums)
+        return _second_of_rows(rows, moved, bar, results.of(rows), moved_cotangents, sums)
 
     return totals(problem, queries, wanted)
 
@@ -239,7 +228,7 @@ def _second_of_rows(
     """Return `sums` with the tangents of the gradients that one chunk of queries brings."""
     xp, moved_rows = rows.xp, moved.rows(rows)
     out, _, factor = results
-    d_out, d_lse = (rows.once(x * factor) for x in moved_bar)
+    d_out, d_lse = (rows.once(rows.read(x) * factor) for x in moved_bar)
     out_tangent, lse_tangent = _tangent_of_rows(rows, moved, results)
     known = rows.ungrouped(bar.out)
     delta = xp.sum(d_out * out + known * out_tangent, axis=-1, keepdims=True, dtype=out.dtype)
@@ -290,7 +279,7 @@ def _second_of_rows(
         weights = sink_weights(rows, bar.lse)
         change = -lse_tangent
         if moved.problem.sinks is not None:
-            change = change + of_sinks(rows, moved.problem.sinks, out.dtype)
+            change = change + per_head(rows, moved.problem.sinks, out.dtype)
         change = weights * change
         sums = add_rows(rows, sums, "sinks", -change * bar.delta - weights * delta)
     return sums

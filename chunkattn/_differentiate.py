@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Any
 
 from ._adapters import common_adapter, is_array
-from ._attention import attention, run
+from ._attention import bound, run
 from ._calculus import Backward, Forward, Tangent, results
 from ._callables import ScoreMod
-from ._memory import prepared
+from ._choice import prepared
 from ._problem import TANGENT, TOKENS
 from ._request import Request
 from ._shapes import is_float
 
 Array = Any
-
-_SIGNATURE = signature(attention)
 
 
 def attention_vjp(
@@ -173,17 +170,16 @@ def _request(
     query: Array, key: Array, value: Array, keywords: dict[str, Any]
 ) -> tuple[Request, Any, bool]:
     """Return the request of a call of `attention`, its `progress` and its `return_lse`."""
-    bound = _SIGNATURE.bind(query, key, value, **keywords)
-    bound.apply_defaults()
-    given = dict(bound.arguments)
-    progress, return_lse = given.pop("progress"), given.pop("return_lse")
+    given = bound(query, key, value, keywords)
+    names = "progress", "return_lse", "memory_limit"
+    progress, return_lse, limit = map(given.pop, names)
     if given["implementation"] == "native":
         raise NotImplementedError(
             "implementation='native': attention_vjp and attention_jvp compute by tiles"
         )
-    tokens = given.pop("query"), given.pop("key"), given.pop("value")
-    limit = given.pop("memory_limit")
-    request, _, _ = prepared(tokens, given, lambda *_: (Forward(), ""), limit, training=True)
+    if given["implementation"] == "auto":
+        given["implementation"] = "chunked"
+    request, _, _ = prepared((query, key, value), given, limit, training=True, return_lse=True)
     score_mod = given["score_mod"]
     if score_mod is not None and not request.xp.autodiff and not isinstance(score_mod, ScoreMod):
         raise TypeError(

@@ -107,7 +107,10 @@ class Mask:
 
     @property
     def tile_axes(self) -> str:
-        """Which axes the result of `tile` has, for `plan`: batch, heads, queries, keys."""
+        """Which axes the result of `tile` has: batch, heads, queries, keys.
+
+        Along the others all is the same, and is computed once.
+        """
         return "bhqk"
 
     @property

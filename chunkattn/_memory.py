@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import starmap
 from math import prod
@@ -16,8 +15,7 @@ from ._native import Native
 from ._partition import Parts
 from ._plain import is_folded
 from ._problem import with_arrays
-from ._request import Request, make_request
-from ._spec import SMALLEST
+from ._request import Request
 from ._terms import Counted, Term, fullest, total
 from .masks import Dense
 
@@ -91,7 +89,7 @@ def _with_gradients(
     def apply(operation: Any, spec: Any, data: Any, inputs: Any) -> Any:
         return operation(xp, spec, data, inputs)
 
-    at = operation.at(apply, spec, data, inputs, found)
+    at = operation.point(apply, spec, data, inputs, found)
     gradients = operation.cotangent(at, bars, tuple(inputs))
     return found["out"], gradients
 
@@ -135,7 +133,7 @@ def _compiled(request: Request, algorithm: Any, training: bool) -> int | None:
     if not training:
         ahead = xp.compiled_bytes(_forward, algorithm, spec, request.data, request.inputs)
     else:
-        shape, dtype = algorithm.shapes(spec, request.data, request.inputs)["out"]
+        shape, dtype = algorithm.shapes(spec, request.inputs)["out"]
         bars = {"out": ArraySpec(shape, dtype)}
         arrays = (request.data, request.inputs, bars)
         ahead = xp.compiled_bytes(_with_gradients, algorithm, spec, *arrays)
@@ -243,53 +241,3 @@ def _once_more(algorithm: Native, counted: Counted) -> list[Term]:
         counted.term("out, once more", "all_heads", "n_q", "d_v", number=counted.given),
         counted.term("saved: out of the kernel", exact, "all_heads", "n_q", "d_v"),
     ]
-
-
-def prepared(
-    tokens: tuple[Array, Array, Array],
-    given: dict[str, Any],
-    choose: Callable[[Request, str], tuple[Any, str]],
-    memory_limit: Any,
-    training: bool | None = None,
-) -> tuple[Request, Any, str]:
-    """Return the checked request, the operation that computes it within the limit, and why it.
-
-    ``choose(request, implementation)`` gives operation and reason.  `training` says whether
-    gradients follow; None: where the library may ask for them.
-    """
-    limit, wanted = bytes_of(memory_limit), given["implementation"]
-    given = given | {"trains": bool(training)}
-    request = make_request(*tokens, **given)
-    algorithm, why = choose(request, wanted)
-    if limit is None:
-        return request, algorithm, why
-    if wanted == "standard":
-        raise ValueError("memory_limit cannot be held by implementation='standard'")
-    xp = request.xp
-    if training is None:
-        training = xp.watched((request.data, request.inputs))
-    if isinstance(algorithm, Native):
-        needed = total(terms(request, algorithm, training=training))
-        if needed <= limit:
-            return request, algorithm, why
-        if wanted == "native":
-            raise ValueError(f"memory_limit must be at least {needed:,} bytes for this kernel")
-        why = "memory_limit is less than the kernel takes"
-    most = xp.tile_sizes(tokens[0]).elements
-    number = number_bytes(xp, request.spec.compute)
-    while most * number > limit and most > SMALLEST**2:  # the scores alone would be too many
-        most //= 2
-    while True:
-        request = make_request(*tokens, **given | {"implementation": "chunked"}, most=most)
-        algorithm, _ = choose(request, "chunked")
-        needed = total(terms(request, algorithm, training=training))
-        if needed <= limit:
-            return request, algorithm, why
-        if most <= SMALLEST**2:
-            raise ValueError(
-                f"memory_limit must be at least {needed:,} bytes for this call"
-                f"{' and its gradients' if training else ''} on {xp.name}, which it takes with "
-                f"tiles of {request.spec.schedule.query_chunk} queries and "
-                f"{request.spec.schedule.key_chunk} keys; got {limit:,}"
-            )
-        most = max(SMALLEST**2, min(most // 2, most * limit // needed))

@@ -79,9 +79,9 @@ class Native(Operation):
         lse = ("lse",) if self.kernel.needs_lse and not self.return_lse else ()
         return replace(self, residuals=(*lse, "exact") if self.exact else lse)
 
-    def shapes(self, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Shapes:
+    def shapes(self, spec: Spec, inputs: Arrays) -> Shapes:
         """As those of `Forward`."""
-        return Forward(self.outputs).shapes(spec, data, inputs)
+        return Forward(self.outputs).shapes(spec, inputs)
 
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
@@ -153,9 +153,7 @@ class NativeBackward(Gradients):
         def tiles() -> Arrays:
             exact = chunked(xp, spec, arrays, Forward().with_residuals(spec).outputs)
             more = results(exact) | {"d_lse": xp.zeros_like(exact["lse"])}
-            return dict(
-                zip(self.wanted, backward(xp, spec, arrays | more, self.wanted), strict=True)
-            )
+            return backward(xp, spec, arrays | more, self.wanted)
 
         return _trusted(xp, spec, self.causal or self.parts is not None, found, tiles)
 

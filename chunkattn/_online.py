@@ -10,7 +10,7 @@ from ._adapters import common_adapter
 from ._calculus import Forward
 from ._checks import index
 from ._merge import Form, finished
-from ._partial import combine, of_sinks, unfinish
+from ._partial import Summary, combine, of_sinks, unfinish
 from ._problem import to_heads
 from ._request import make_request
 from ._shapes import broadcast
@@ -31,7 +31,7 @@ class OnlineAttention:
     scale, causal, mask, softcap, score_mod, dropout, dropout_seed, layout, query_chunk_size, \
 key_chunk_size, compute_dtype
         As in `attention`.  A mask must speak of positions, since a stream's length is not known:
-        arrays of pairs are refused.
+        arrays of pairs and `Segments` are refused.
     sinks : array of shape (h,), optional
         As in `attention`; counted once, in the result.
     query_offset : int or integer array over the batch axes, optional
@@ -42,7 +42,7 @@ key_chunk_size, compute_dtype
     Raises
     ------
     TypeError, ValueError
-        As `attention`, by the first `update`.
+        As `attention`: for `query` and `key_offset` at once, else by the first `update`.
 
     See Also
     --------
@@ -129,9 +129,7 @@ key_chunk_size, compute_dtype
         found = request.apply(Forward())
         arrays = {"results": (found["out"], found["lse"])}
         summary = request.xp.run(_summary, Form(spec.layout, spec.headless), arrays)
-        if self._summary is not None:
-            summary = request.xp.run(_combine, Form(), {"summaries": (self._summary, summary)})
-        self._summary, self._spec = summary, spec
+        self._take(spec, summary)
         self._next_key = self._next_key + request.spec.n_k  # it may be the caller's array
         return self
 
@@ -162,11 +160,14 @@ key_chunk_size, compute_dtype
             )
         if other._summary is None or other._spec is None:
             return self
-        spec, summary = self._joined("other", other._spec), other._summary
+        self._take(self._joined("other", other._spec), other._summary)
+        return self
+
+    def _take(self, spec: Spec, summary: Summary) -> None:
+        """Add the summary of other keys; `spec` is that of both."""
         if self._summary is not None:
             summary = self._xp.run(_combine, Form(), {"summaries": (self._summary, summary)})
         self._summary, self._spec = summary, spec
-        return self
 
     def _joined(self, name: str, spec: Spec) -> Spec:
         """Return the spec of this stream with the keys of `spec`; refuse what does not fit."""

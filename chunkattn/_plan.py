@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
-from inspect import signature
 from math import isqrt, prod
 from typing import Any
 
 from ._adapters import adapter_of, is_array
-from ._attention import attention
-from ._choice import operation
-from ._memory import number_bytes, prepared, terms
+from ._attention import bound
+from ._choice import prepared
+from ._memory import number_bytes, terms
+from ._problem import TOKENS
 from ._request import Request
 from ._terms import Term, term, total
 
 Array = Any
 
-_SIGNATURE = signature(attention)
 _MODULES = {"jax": "jax.numpy"}
 PAPER_QUERIES, PAPER_KEYS = 1024, 4096
 
@@ -41,7 +39,7 @@ def plan(
     Parameters
     ----------
     query, key, value : array or ArraySpec
-        As in `attention`; or what has a shape and a dtype (`ArraySpec`,
+        As in `attention`; or, all three, what has a shape and a dtype (`ArraySpec`,
         ``jax.ShapeDtypeStruct``).
     training : bool, default False
         Whether gradients by all floating arrays follow: by `attention_vjp` on libraries without
@@ -85,20 +83,15 @@ def plan(
     >>> plan(tokens, tokens, tokens, memory_limit="1MB").peak_bytes <= 1_000_000
     True
     """
-    bound = _SIGNATURE.bind(query, key, value, **keywords)
-    bound.apply_defaults()
-    given = dict(bound.arguments)
+    given, tokens = bound(query, key, value, keywords), (query, key, value)
     limit, return_lse = given.pop("memory_limit"), given.pop("return_lse")
-    reports = given.pop("progress") not in (None, False)
-    tokens = tuple(given.pop(name) for name in ("query", "key", "value"))
-    for name, x in zip(("query", "key", "value"), tokens, strict=True):
+    asked = {"return_lse": return_lse, "reports": given.pop("progress") not in (None, False)}
+    for name, x in zip(TOKENS, tokens, strict=True):
         if not (hasattr(x, "shape") and hasattr(x, "dtype")):
             raise TypeError(f"{name} must be an array or an ArraySpec; got {type(x).__name__}")
 
-    choose = partial(operation, return_lse=return_lse, reports=reports)
-
     def planned(*tokens: Array) -> Plan:
-        request, algorithm, why = prepared(tokens, given, choose, limit, training)
+        request, algorithm, why = prepared(tokens, given, limit, training, **asked)
         return _of_request(request, algorithm, why, training=training, return_lse=return_lse)
 
     if any(map(is_array, tokens)):
@@ -135,7 +128,7 @@ def _of_request(
         )
 
     inputs = {name: (tuple(x.shape), x.dtype) for name, x in request.inputs.items()}
-    shapes = algorithm.shapes(spec, request.data, request.inputs)
+    shapes = algorithm.shapes(spec, request.inputs)
     outputs = {name: shapes[name] for name in ("out", *(["lse"] if return_lse else []))}
     gradients = {f"gradient of {name}": x for name, x in inputs.items()} if training else {}
     if training:

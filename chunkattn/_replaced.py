@@ -1,11 +1,14 @@
-"""PyTorch's attention replaced by this library's; only `replace_sdpa` imports this module."""
+"""PyTorch's attention replaced by this library's, for `replace_sdpa`.
+
+PyTorch's compiler imports this module for real: so the function is made once, and the code that is
+compiled for it is kept.  A cache in its place would be traced.
+"""
 
 from __future__ import annotations
 
 from .backends.torch_sdpa import Replaced, multi_head_attention
 from .interop import scaled_dot_product_attention
 
-# Once, since compiled code is kept for it.
 MULTI_HEAD = multi_head_attention(scaled_dot_product_attention)
 
 

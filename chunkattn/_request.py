@@ -21,7 +21,7 @@ from ._checks import (
 )
 from ._mask import with_fields
 from ._shapes import Shapes, check_floats, is_float, shapes_of
-from ._spec import Spec, schedule
+from ._spec import Asked, Spec, schedule
 from .masks import Causal, Dense, Lengths, Mask, Predicate, Segments, Window
 
 Array = Any
@@ -155,12 +155,12 @@ def _checked(
     implementation: str,
     streamed: bool = False,
     most: int | None = None,
-    trains: bool = False,
+    training: bool = False,
 ) -> Request:
     """Do the work of `make_request`.
 
     A call for a stream has no sinks, which count once at its end, and keeps the compute dtype.
-    A tile has at most `most` scores, where that is given.  With `trains` gradients follow.
+    `most` and `training` are those of `Asked`.
     """
     choice("layout", layout, LAYOUTS)
     choice("implementation", implementation, IMPLEMENTATIONS)
@@ -168,7 +168,7 @@ def _checked(
     if streamed and not all(m.positional for m in masks):
         raise ValueError(
             "mask must speak of positions in a stream, whose length is not known: "
-            "an array of pairs cannot be given"
+            "neither an array of pairs nor Segments can be given"
         )
     tokens = {"query": query, "key": key, "value": value}
     extra = [("bias", bias), ("sinks", sinks), ("scale", scale), ("dropout_seed", dropout_seed)]
@@ -197,17 +197,12 @@ def _checked(
         masks = tuple(m for m in masks if type(m) is not Causal)
     data = {"query_offset": offset, "key_offset": key_offset}
     inputs = {**tokens}
-    size = schedule(
-        xp,
-        query,
-        shapes,
+    chunks = (
         positive("query_chunk_size", query_chunk_size),
         positive("key_chunk_size", key_chunk_size),
-        masks,
-        score_mod,
-        most,
-        trains,
     )
+    asked = Asked(*chunks, most, training)
+    size = schedule(xp, query, shapes, asked, masks, score_mod)
     lifted = None
     calls_back = score_mod is not None or any(isinstance(m, Predicate) for m in masks)
     if calls_back and 0 not in (*shapes.lead, shapes.n_q, shapes.n_k):  # no tile, no call
@@ -243,7 +238,7 @@ def _checked(
         inputs["bias"] = bias
     if sinks is not None and not streamed:
         inputs["sinks"] = sinks
-    return Request(xp, spec, data, inputs, bool(query_chunk_size or key_chunk_size))
+    return Request(xp, spec, data, inputs, asked.chunks_given)
 
 
 def _masks(causal: bool, mask: Any) -> tuple[Mask, ...]:

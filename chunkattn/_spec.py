@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from ._cached import cached_property
 from ._callables import Lifted
@@ -117,16 +117,27 @@ class Spec(Shapes):
         return tuple(reversed(cuts))
 
 
+class Asked(NamedTuple):
+    """What a call says of its tiles."""
+
+    query_chunk: int | None = None
+    key_chunk: int | None = None
+    most: int | None = None  # scores of a tile, where chunks of `SMALLEST` allow it
+    training: bool = False  # whether gradients follow
+
+    @property
+    def chunks_given(self) -> bool:
+        """Whether the caller gives any chunk size."""
+        return bool(self.query_chunk or self.key_chunk)
+
+
 def schedule(
     xp: Any,
     query: Array,
     shapes: Shapes,
-    query_chunk_size: int | None,
-    key_chunk_size: int | None,
+    asked: Asked,
     masks: tuple[Mask, ...],
     score_mod: Callable[..., Any] | None,
-    most: int | None = None,
-    trains: bool = False,
 ) -> Schedule:
     """Choose the chunks: those asked for, else the library's, shrunk until a tile fits its budget.
 
@@ -137,30 +148,20 @@ def schedule(
     head of keys are in one tile, which has as many fewer queries of each.
 
     Where a library's tiles span the whole batch, their size counts every batch entry.
-
-    A tile has `most` scores, where that is given and chunks of `SMALLEST` allow it.  With `trains`
-    gradients follow.
     """
-    chunks = query_chunk_size, key_chunk_size
     limits = [limit for mask in masks if (limit := mask.tile_limit) is not None]
     others = [512] if score_mod is not None else []
     sizes, backward = xp.tile_sizes(query), xp.tile_sizes(query, backward=True)
-    if trains:
+    if asked.training:
         sizes, backward = sizes._replace(alone=0), backward._replace(alone=0)
-    found = _schedule(sizes, shapes, *chunks, limits, others, most)
+    found = _schedule(sizes, shapes, asked, limits, others)
     if backward == sizes:
         return found
-    return replace(found, backward=_schedule(backward, shapes, *chunks, limits, others, most))
+    return replace(found, backward=_schedule(backward, shapes, asked, limits, others))
 
 
 def _schedule(
-    sizes: Any,
-    shapes: Shapes,
-    query_chunk_size: int | None,
-    key_chunk_size: int | None,
-    limits: list[int],
-    others: list[int],
-    most: int | None,
+    sizes: Any, shapes: Shapes, asked: Asked, limits: list[int], others: list[int]
 ) -> Schedule:
     """Choose for one pass, by a library's `sizes`; the `limits` are of masks, and `others`."""
     whole, even = sizes.batch == "whole", sizes.batch == "even"
@@ -185,21 +186,21 @@ def _schedule(
         rows = max(rows, area // (group * max(shapes.n_k, width)))
         cols = max(cols, area // max(group * shapes.n_q, width))
     rows, cols = (
-        max(1, min(shapes.n_q, query_chunk_size or rows)),
-        max(1, min(shapes.n_k, key_chunk_size or cols)),
+        max(1, min(shapes.n_q, asked.query_chunk or rows)),
+        max(1, min(shapes.n_k, asked.key_chunk or cols)),
     )
-    elements = sizes.elements if most is None else most
-    if not (limits or most or query_chunk_size or key_chunk_size):
+    elements = asked.most or sizes.elements
+    if not (limits or asked.most or asked.chunks_given):
         of_head = heads_of_one * shapes.n_q * shapes.n_k
         if of_head >= SHARED and prod(lead) * of_head <= sizes.alone:
             elements = sizes.alone
     budget = elements // heads_of_one
-    if most is not None or whole:
+    if asked.most or whole:
         entries = prod(lead) if whole else 1
-        floor = SMALLEST if most is not None else 64
+        floor = SMALLEST if asked.most else 64
         while entries * rows * cols > budget:
-            fewer_rows = query_chunk_size is None and rows > floor
-            fewer_cols = key_chunk_size is None and cols > floor
+            fewer_rows = asked.query_chunk is None and rows > floor
+            fewer_cols = asked.key_chunk is None and cols > floor
             if fewer_rows and (rows > cols or not fewer_cols):
                 rows = -(-rows // 2)
             elif fewer_cols:

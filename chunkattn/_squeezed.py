@@ -33,7 +33,7 @@ def squeezing(call: Call) -> Call:
         knowing = spec.calls_back or any(data["masks"])
         if knowing or not spec.batch or prod(spec.batch) != 1 or not xp.squeezes(inputs["query"]):
             return call(self, xp, spec, data, inputs)
-        shapes = self.shapes(spec, data, inputs)
+        shapes = self.shapes(spec, inputs)
         less = replace(spec, batch=(), schedule=spec.schedule.of_heads())
         found = call(self, xp, less, _without_batch(data), _without_batch(inputs))
         return {name: xp.reshape(x, shapes[name][0]) for name, x in found.items()}

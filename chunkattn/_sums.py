@@ -15,13 +15,11 @@ Index = Any  # an int, or a traced integer
 Sums = dict[str, Array]  # by the array's name; only those that are wanted
 
 
-def totals(
-    problem: Problem, step: Callable[[Rows, Sums], Sums], wanted: tuple[str, ...]
-) -> tuple[Array, ...]:
+def totals(problem: Problem, step: Callable[[Rows, Sums], Sums], wanted: tuple[str, ...]) -> Sums:
     """Return the `wanted` gradients, to which ``step(rows, sums)`` adds for each query chunk."""
     sums = {name: problem.zeros(name) for name in wanted}
     sums = over_blocks(problem, step, sums, shared=any(map(problem.is_shared, sums.values())))
-    return tuple(problem.gradient(name, sums.pop(name)) for name in wanted)
+    return {name: problem.gradient(name, sums.pop(name)) for name in wanted}
 
 
 def _add(

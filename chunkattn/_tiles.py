@@ -157,13 +157,13 @@ class Rows(Span):
         xp, spec, sinks = self.xp, self.problem.spec, self.problem.sinks
         acc, total, top = empty(xp, self.query, self.lead, spec.d_v, spec.compute)
         if self.problem.bounded:
-            top = self.lowest()
+            top = self.first_top()
         if sinks is None:
             return acc, total, top
         sink_total, sink_top = of_sinks(xp, self.of_heads(sinks), spec.compute)
         return acc, total + sink_total, xp.maximum(top, sink_top)
 
-    def lowest(self) -> Array:
+    def first_top(self) -> Array:
         """Return the maximum before any key as one number; 0 where no maximum is looked for."""
         compute = self.problem.spec.compute
         top = 0.0 if self.problem.bounded else float(self.xp.finfo(compute).min)

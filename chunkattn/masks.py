@@ -10,12 +10,12 @@ Positions are counted as in `attention`: query ``i`` stands at ``i + query_offse
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ._array_masks import Dense, Segments
+from ._checks import whole
 from ._mask import Mask, Range
 from ._shapes import broadcast
 
@@ -43,6 +43,8 @@ class Causal(Mask):
     """
 
     aligned = True
+    tile_axes = "qk"  # those of positions
+    tile_limit = 512  # half of a tile on the diagonal is not seen
 
     def key_range(self, rows: Span) -> Range:
         """Up to the position of the last query."""
@@ -59,16 +61,6 @@ class Causal(Mask):
     def tile(self, tile: Tile) -> Array:
         """Compare positions."""
         return tile.kv_idx <= tile.q_idx
-
-    @property
-    def tile_axes(self) -> str:
-        """Those of positions."""
-        return "qk"
-
-    @property
-    def tile_limit(self) -> int:
-        """Half of a tile on the diagonal is not seen."""
-        return 512
 
 
 @dataclass(frozen=True)
@@ -94,11 +86,7 @@ class Window(Mask):
     right: int | None
 
     aligned = True
-
-    @property
-    def tile_axes(self) -> str:
-        """Those of positions."""
-        return "qk"
+    tile_axes = "qk"  # those of positions
 
     @property
     def tile_arrays(self) -> int:
@@ -110,11 +98,7 @@ class Window(Mask):
             width = getattr(self, name)
             if width is None:
                 continue
-            try:
-                number = operator.index(width)
-            except TypeError:
-                number = None
-            if number is None or isinstance(width, bool):
+            if (number := whole(width)) is None:
                 raise TypeError(f"Window: {name} must be an int or None; got {width!r}")
             if number < 0:
                 raise ValueError(f"Window: {name} must not be negative; got {number}")
@@ -276,14 +260,11 @@ class Predicate(Mask):
 
     mask_mod: Callable[[Array, Array, Array, Array], Array]
 
+    tile_limit = 512  # the function's own arrays are as large as a tile, and often of 64 bits
+
     def __post_init__(self) -> None:
         if not callable(self.mask_mod):
             raise TypeError(f"Predicate: mask_mod must be callable; got {self.mask_mod!r}")
-
-    @property
-    def tile_limit(self) -> int:
-        """The function's own arrays are of the size of a tile, and often of 64 bits."""
-        return 512
 
     def tile(self, tile: Tile) -> Array:
         """Call the function."""

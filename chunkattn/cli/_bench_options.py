@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 
 from ._bench_case import DTYPES, MODES, Case
 from ._bench_library import LIBRARIES, PEERS
-from ._numbers import at_least, positive
+from ._types import at_least, file_in, positive
 
 IMPLEMENTATIONS = ("auto", "chunked", "native", "standard")
 _LENGTHS = {
@@ -139,23 +137,3 @@ _number = partial(at_least, 1)
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(_number, text.split(","))))
-
-
-def file_in(*suffixes: str) -> Callable[[str], Path]:
-    """Return the type of a file that can be written, which is checked before any work."""
-
-    def parse(text: str) -> Path:
-        path = Path(text)
-        if path.suffix.lower() not in suffixes:
-            raise argparse.ArgumentTypeError(
-                f"must be the name of a file in {' or '.join(suffixes)}; got {text}"
-            )
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{text} is a folder")
-        if not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
-        if not os.access(path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"the folder {path.parent} cannot be written to")
-        return path
-
-    return parse

@@ -17,8 +17,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import CommandError, UsageError, _memory, require
-from ._numbers import at_least, positive
 from ._table import in_bytes, show
+from ._types import at_least, file_in, positive
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image", type=_image, help="another picture than the photograph that matplotlib brings")
     add(
         "--out",
-        type=_out,
+        type=file_in(".png"),
         default="denoised.png",
         help="the PNG file to write: noisy, denoised and original picture (default: denoised.png)",
     )
@@ -233,18 +233,4 @@ def _image(text: str) -> Path:
     path = Path(text)
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"there is no file {text}")
-    return path
-
-
-def _out(text: str) -> Path:
-    """Check, before any work, that the file can be written."""
-    path = Path(text)
-    if path.suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"must be the name of a .png file; got {text}")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"the folder {path.parent} cannot be written to")
     return path

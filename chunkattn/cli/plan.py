@@ -15,10 +15,9 @@ from typing import Any
 
 from . import CommandError, UsageError, require
 from ._bench_case import DTYPES
-from ._bench_options import file_in
 from ._bench_report import write
-from ._numbers import at_least
 from ._table import in_bytes, show
+from ._types import at_least, file_in
 
 _IMPLEMENTATIONS = ("auto", "chunked", "native")
 

@@ -1,0 +1,47 @@
+"""Types of arguments on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def at_least(smallest: int, text: str) -> int:
+    """Return a whole number from `smallest` on."""
+    if not text.isdecimal() or int(text) < smallest:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {smallest} on; got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """Return a positive, finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number; got {text!r}")
+    return number
+
+
+def file_in(*suffixes: str) -> Callable[[str], Path]:
+    """Return the type of a file that can be written, which is checked before any work."""
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(
+                f"must be the name of a file in {' or '.join(suffixes)}; got {text}"
+            )
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder")
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"the folder {path.parent} cannot be written to")
+        return path
+
+    return parse
