@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import count
 from typing import Any
@@ -159,20 +159,24 @@ class Operation(torch.autograd.Function):  # type: ignore[misc]
         ctx.save_for_forward(*kept)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Array) -> tuple[Array | None, ...]:
+    def backward(ctx: Any, *cotangents: Array | None) -> tuple[Array | None, ...]:
         """Call the rule for gradients."""
         call, at = ctx.call, _point(ctx)
         operation = call.operation
         needed = zip(call.names, ctx.needs_input_grad[1:], strict=False)
         wanted = tuple(name for name, needs in needed if needs)
-        bars = {
-            name: torch.zeros_like(at.outputs[name]) if x is None else x
-            for name, x in zip(operation.outputs, cotangents, strict=True)
-            if name not in operation.residuals
-        }
-        found = operation.cotangent(at, bars, wanted)
+
+        def rule(*cotangents: Array | None) -> tuple[Array | None, ...]:
+            bars = {
+                name: torch.zeros_like(at.outputs[name]) if x is None else x
+                for name, x in zip(operation.outputs, cotangents, strict=True)
+                if name not in operation.residuals
+            }
+            found = operation.cotangent(at, bars, wanted)
+            return tuple(found.get(name) for name in call.names)
+
         rest = len(ctx.needs_input_grad) - 1 - len(call.names)
-        return (None, *(found.get(name) for name in call.names), *(None,) * rest)
+        return (None, *_one_by_one(rule, cotangents), *(None,) * rest)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Array | None) -> tuple[Array | None, ...]:
@@ -220,6 +224,31 @@ class Recorded(Operation):
         return output
 
     setup_context = torch.autograd.Function.setup_context  # as if it were not there
+
+
+def _one_by_one(
+    rule: Callable[..., tuple[Array | None, ...]], cotangents: tuple[Array | None, ...]
+) -> tuple[Array | None, ...]:
+    """Call a rule; with `is_grads_batched` of `torch.autograd.grad` once for each entry.
+
+    PyTorch hands over tensors then that are not torch.vmap's, and that nothing can be written into.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    if level == 0:
+        return rule(*cotangents)
+
+    def entries(x: Array | None, size: int) -> Array | None:
+        return None if x is None else torch._remove_batch_dim(x, level, size, 0)
+
+    ones = [entries(x, 1) for x in cotangents]  # what is not batched has one then
+    size = max(len(x) for x in ones if x is not None)
+    given = [entries(x, size) for x in cotangents]
+    found = [rule(*(None if x is None else x[i] for x in given)) for i in range(size)]
+    return tuple(
+        None if x[0] is None else torch._add_batch_dim(torch.stack(x), 0, level)
+        for x in zip(*found, strict=True)
+    )
 
 
 def _point(ctx: Any) -> Any:

@@ -97,6 +97,35 @@ def test_torch_func(name):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("implementation", ["native", "chunked"])
+def test_gradients_in_batches(implementation):
+    """By `is_grads_batched`, whose tensors are not those of torch.vmap."""
+    inputs = tensors((1, 2, 5, 4), (1, 2, 6, 4), (1, 2, 6, 4))
+
+    def function(*tokens):
+        return attention(*tokens, implementation=implementation)
+
+    def of_query(query):
+        return function(query, *inputs[1:]).square().sum()
+
+    out = function(*inputs)
+    (bars,) = tensors((3, *out.shape), seed=1)
+    batched = torch.autograd.grad(
+        out, inputs, bars, is_grads_batched=True, create_graph=True, retain_graph=True
+    )
+    each = [torch.autograd.grad(out, inputs, bar, create_graph=True) for bar in bars]
+    alone = tuple(map(torch.stack, zip(*each, strict=True)))
+    torch.testing.assert_close(batched, alone)
+    seconds = [
+        torch.autograd.grad(sum(x.square().sum() for x in found), [*inputs, bars])
+        for found in (batched, alone)
+    ]
+    torch.testing.assert_close(*seconds)
+    hessian = torch.autograd.functional.hessian
+    hessians = [hessian(of_query, inputs[0], vectorize=vectorize) for vectorize in (False, True)]
+    torch.testing.assert_close(*hessians)
+
+
 def test_per_example_gradients_of_what_a_score_mod_captures():
     x = [y.detach() for y in tensors(*SHAPES)]
     slopes = torch.asarray([[0.3, -0.2], [1.0, 0.5]], dtype=torch.float64)
