@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from typing import Any
 
@@ -19,6 +19,10 @@ try:
     import threadpoolctl
 except ImportError:  # BLAS keeps its own threads, and the tasks run one after the other
     threadpoolctl = None
+
+
+class _Holder:
+    """A call that holds BLAS to one thread."""
 
 
 class _Blas:
@@ -30,7 +34,8 @@ class _Blas:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.holders = 0
+        # An interrupt may come where no code can catch it: then a holder goes with its call.
+        self.holders: weakref.WeakSet[_Holder] = weakref.WeakSet()
         self.before: list[tuple[Any, int]] = []
         self.libraries: list[Any] | None = None
 
@@ -60,38 +65,52 @@ class _Blas:
         with self.lock:
             return {getattr(library, "architecture", None) or "" for library in self._find()}
 
-    def share(self) -> int:
-        """Return how many threads a call that starts now should take: those that BLAS would."""
+    def most(self) -> int:
+        """Return how many threads a call may take at most: those that BLAS would."""
         if threadpoolctl is None:
             return 1
         with self.lock:
-            counts = [n for _, n in self.before] or [b.num_threads for b in self._find()]
-            return max(counts, default=1) // (self.holders + 1)
+            return self._most()
+
+    def _most(self) -> int:
+        counts = [n for _, n in self.before] or [b.num_threads for b in self._find()]
+        return max(1, *counts)
+
+    def share(self) -> int:
+        """Return how many threads a call that starts now should take, beside those under way."""
+        if threadpoolctl is None:
+            return 1
+        with self.lock:
+            return max(1, self._most() // (len(self.holders) + 1))
 
     @contextmanager
     def single_threaded(self) -> Iterator[None]:
         """Hold BLAS to one thread per caller."""
-        with self.lock:
-            if self.holders == 0:
-                self.before = [(library, library.num_threads) for library in self._find()]
-                self._set([(library, 1) for library, _ in self.before])
-            self.holders += 1
+        holder = _Holder()
         try:
+            with self.lock:
+                if not self.holders:
+                    self._restore()
+                    self.before = [(library, library.num_threads) for library in self._find()]
+                self.holders.add(holder)
+                self._set([(library, 1) for library, _ in self.before])
             yield
         finally:
             with self.lock:
-                self.holders -= 1
-                if self.holders == 0:
-                    self._set(self.before)
-                    self.before = []
+                self.holders.discard(holder)
+                if not self.holders:
+                    self._restore()
+
+    def _restore(self) -> None:
+        """Give back the threads; also those that a call left which was interrupted as it ended."""
+        self._set(self.before)
+        self.before = []
 
     def after_fork(self) -> None:
         """Start afresh in a child: nobody there holds BLAS any more."""
         self.lock = threading.Lock()
-        if self.holders:
-            self.holders = 0
-            self._set(self.before)
-            self.before = []
+        self.holders = weakref.WeakSet()
+        self._restore()
 
     def enter_worker(self) -> None:
         """Hold BLAS to one thread in a worker where OpenMP counts threads by their caller."""
@@ -112,7 +131,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_blas.after_fork)
 
 
-share, architectures = _blas.share, _blas.architectures
+most, share, architectures = _blas.most, _blas.share, _blas.architectures
 
 
 def as_one_of(tasks: int, function: Callable[..., Any], *args: Any) -> Any:
@@ -139,6 +158,7 @@ def run_all(task: Callable[[int], None], count: int, threads: int) -> None:
     numbers = iter(reversed(range(count)))
     lock = threading.Lock()
     stop = threading.Event()
+    failed: list[BaseException] = []
 
     def work() -> None:
         try:
@@ -152,11 +172,27 @@ def run_all(task: Callable[[int], None], count: int, threads: int) -> None:
             stop.set()
             raise
 
-    with (
-        _blas.single_threaded(),
-        ThreadPoolExecutor(threads - 1, "chunkattn", _blas.enter_worker) as pool,
-    ):
-        workers = [pool.submit(copy_context().run, work) for _ in range(threads - 1)]
-        work()
-    for worker in workers:
-        worker.result()
+    def help_out() -> None:
+        try:
+            _blas.enter_worker()
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    with _blas.single_threaded():
+        helpers: list[threading.Thread] = []
+        try:
+            for _ in range(threads - 1):
+                helper = threading.Thread(target=copy_context().run, args=(help_out,))
+                with suppress(RuntimeError):  # there can be no more, as when Python shuts down
+                    helper.start()
+                    helpers.append(helper)
+            work()
+            for helper in helpers:
+                helper.join()
+        finally:
+            stop.set()
+            for helper in helpers:
+                helper.join()
+    if failed:
+        raise failed[0]

@@ -28,6 +28,10 @@ Cut = tuple[Index, int]  # of an axis: where it starts, and how many entries
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 LOG2_E = log2(e)
+NO_COMPLEX = (
+    "score_mod must not capture complex arrays whose gradient is asked for: let it capture their "
+    "real and imaginary parts"
+)
 SMALL = 10.0  # of a score: sums of e**10 or e**-10 are far from overflow and underflow
 
 
@@ -69,6 +73,10 @@ class Adapter:
     def floats(self) -> dict[str, Any]:
         """The floating dtypes that this library has, of those that attention takes."""
         return {name: getattr(self, name) for name in FLOATS if hasattr(self.namespace, name)}
+
+    def is_floating(self, dtype: Any) -> bool:
+        """Whether `dtype` is one of real floating numbers, whether attention takes it or not."""
+        return dtype in self.floats.values()
 
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is a signed or unsigned integer (not boolean)."""
@@ -281,7 +289,7 @@ class Adapter:
         return state
 
     def at_once(self, count: int) -> int:
-        """Return how many of `count` steps of `each` run at a time."""
+        """Return how many of `count` steps of `each` run at a time, at most."""
         return min(count, 1)
 
     # What a call holds, and what modes around it ask for.
@@ -332,6 +340,7 @@ class Adapter:
         function: Callable[..., Array],
         example: Callable[..., tuple[Array, ...]],
         sizes: list[Any],
+        arrays: list[Array],
     ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
         """Return ``(lifted, captured)`` with ``lifted(captured, *args) == function(*args)``.
 

@@ -38,11 +38,6 @@ def _call(adapter: Adapter, operation: Any, spec: Any, *arrays: Any) -> Any:
     return jax_types.automatic(call, operation, spec)(*arrays)
 
 
-def _traced(adapter: Adapter, operation: Any, spec: Any, *arrays: Any) -> Any:
-    call = functools.partial(jax_primitive.apply, adapter, operation, spec)
-    return jax_types.automatic(call, operation, spec)(*arrays)
-
-
 def _kept(cached: Any, operation: Any, spec: Any) -> Any:
     """Return the cached function; itself, without the cache, for what should not be kept.
 
@@ -54,23 +49,15 @@ def _kept(cached: Any, operation: Any, spec: Any) -> Any:
     return cached if reusable and operation.done is None else cached.__wrapped__
 
 
-def _is_number(x: Any) -> bool:
-    return isinstance(x, bool | int | float)
-
-
 @functools.lru_cache
 def _planned(
     adapter: Adapter, function: Any, operation: Any, spec: Any, tree: Any, given: tuple[Any, ...]
 ) -> int:
     """Return the temporary memory of a compiled call of arrays with the `given` shapes."""
-    leaves = [x if _is_number(x) else jax.ShapeDtypeStruct(*x) for x in given]
+    leaves = [jax.ShapeDtypeStruct(*kind, weak_type=weak) for *kind, weak in given]
     arrays = jax.tree.unflatten(tree, leaves)
     compiled = jax.jit(functools.partial(function, adapter, operation, spec)).lower(*arrays)
     return int(compiled.compile().memory_analysis().temp_size_in_bytes)
-
-
-def _is_floating(x: Array) -> bool:
-    return bool(jnp.issubdtype(x.dtype, jnp.floating))
 
 
 def _are_ints(*bounds: Index) -> bool:
@@ -95,6 +82,10 @@ class Adapter(generic.Adapter):
         if not jax.config.jax_enable_x64:
             del found["float64"]
         return found
+
+    def is_floating(self, dtype: Any) -> bool:
+        """Whether `dtype` is floating, the ones of 8 bits included."""
+        return bool(jnp.issubdtype(dtype, jnp.floating))
 
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer."""
@@ -268,7 +259,12 @@ class Adapter(generic.Adapter):
     def compiled_bytes(self, function: Any, operation: Any, spec: Any, *arrays: Any) -> int | None:
         """Ask XLA, which plans all memory as it compiles."""
         leaves, tree = jax.tree.flatten(arrays)
-        given = tuple(x if _is_number(x) else (tuple(x.shape), x.dtype) for x in leaves)
+        given = tuple(
+            ((), jax.dtypes.result_type(x), True)
+            if isinstance(x, bool | int | float)
+            else (tuple(x.shape), x.dtype, False)
+            for x in leaves
+        )
         planned: int = _kept(_planned, operation, spec)(
             self, function, operation, spec, tree, given
         )
@@ -291,16 +287,17 @@ class Adapter(generic.Adapter):
         function: Callable[..., Array],
         example: Callable[..., tuple[Array, ...]],
         sizes: list[Any],
+        arrays: list[Array],
     ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
         """Find the captured arrays by a trace for each size of a tile."""
         shapes = [jax.eval_shape(functools.partial(example, *size)) for size in sizes]
-        return jax_lifted.lift(function, shapes)
+        return jax_lifted.lift(function, shapes, jax_types.axes_of(arrays))
 
     def pushforward(
         self, function: Any, primals: tuple[Array, ...], tangents: tuple[Array, ...]
     ) -> Any:
         """Differentiate by `jax.jvp`."""
-        function, floating = of_floating(function, primals, _is_floating)
+        function, floating = of_floating(function, primals, jax_types.is_floating)
         chosen = (tuple(xs[i] for i in floating) for xs in (primals, tangents))
         return jax.jvp(function, *chosen)[1]
 
@@ -308,7 +305,7 @@ class Adapter(generic.Adapter):
         self, function: Any, primals: tuple[Array, ...], cotangent: Array
     ) -> tuple[Array | None, ...]:
         """Differentiate by `jax.vjp`."""
-        function, floating = of_floating(function, primals, _is_floating)
+        function, floating = of_floating(function, primals, jax_types.is_floating)
         _, vjp = jax.vjp(function, *(primals[i] for i in floating))
         found = dict(zip(floating, vjp(cotangent), strict=True))
         return tuple(map(found.get, range(len(primals))))
@@ -334,7 +331,7 @@ class Adapter(generic.Adapter):
 
         The compilation is kept for equal shapes and keywords.
         """
-        function = _traced if self.traced((data, inputs)) else _call
+        function = jax_primitive.apply if self.traced((data, inputs)) else _call
         compiled = _kept(_operations, operation, spec)(function, self)
         found: dict[str, Array] = compiled(operation, spec, data, inputs)
         if operation.done is not None:

@@ -23,8 +23,7 @@ class Mapped:
     """An operation under `jax.vmap`, with rules that map those of the operation."""
 
     operation: Any
-    size: int
-    mesh_axis: Any
+    axis: tuple[tuple[str, Any], ...]  # what `jax.vmap` takes for it: its size, and names
     dims: tuple[int | None, ...]  # of data and inputs, flat
     tree: Any
 
@@ -33,6 +32,12 @@ class Mapped:
         """Whether a kernel of the library computes it."""
         calls: bool = self.operation.calls_kernel
         return calls
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether its rules want the results."""
+        keeps: bool = self.operation.keeps_outputs
+        return keeps
 
     @property
     def residuals(self) -> tuple[str, ...]:
@@ -62,9 +67,7 @@ class Mapped:
         return data, inputs
 
     def _vmap(self, function: Callable[..., Arrays], *axes: Any) -> Callable[..., Arrays]:
-        mapped: Callable[..., Arrays] = jax.vmap(
-            function, in_axes=axes, axis_size=self.size, spmd_axis_name=self.mesh_axis
-        )
+        mapped: Callable[..., Arrays] = jax.vmap(function, in_axes=axes, **dict(self.axis))
         return mapped
 
     def shapes(self, spec: Any, inputs: Arrays) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -78,8 +81,8 @@ class Mapped:
 
         of_inputs = self.axes[1]
         ones = {name: one(x, of_inputs[name]) for name, x in inputs.items()}
-        shapes = self.operation.shapes(spec, ones)
-        return {name: ((self.size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+        shapes, size = self.operation.shapes(spec, ones), dict(self.axis)["axis_size"]
+        return {name: ((size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
     def __call__(self, xp: Any, spec: Any, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""

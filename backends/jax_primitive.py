@@ -20,9 +20,9 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from .generic import Array
+from .generic import NO_COMPLEX, Array
 from .jax_mapped import Mapped
-from .jax_types import axes_of, shaped, vary
+from .jax_types import automatic, axes_of, explicit_mesh, shaped, vary
 
 try:
     from jax._src.dispatch import prim_requires_devices_during_lowering as named_devices
@@ -84,7 +84,8 @@ class Call:
 
     def compute(self, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Return the operation's results."""
-        found: Arrays = self.operation(self.adapter, self.spec, data, inputs)
+        run = partial(self.operation, self.adapter, self.spec)
+        found: Arrays = automatic(run, self.operation, self.spec)(data, inputs)
         varied: Arrays = vary(found, axes_of(data, inputs))
         return varied
 
@@ -123,7 +124,11 @@ def _move(*flat: Array, call: Call) -> list[Array]:
 
 def _types(*flat: Any, call: Call) -> list[Any]:
     """Return the types of the results, or of their tangents, from those of the arguments."""
-    shapes = call.operation.shapes(call.spec, call.arrays(flat)[1])
+    _, inputs, *more = call.arrays(flat)
+    if explicit_mesh(flat) is not None:  # they tell how the results are sharded
+        traced = jax.make_jaxpr(partial(_move if more else _compute, call=call))(*flat)
+        return list(traced.out_avals)
+    shapes = call.operation.shapes(call.spec, inputs)
     return [shaped(shapes[name], axes_of(*flat)) for name in call.operation.outputs]
 
 
@@ -133,7 +138,9 @@ def _nonzero(tangents: Arrays) -> Arrays:
 
 def _jvp(primals: Any, tangents: Any, *, call: Call) -> tuple[list[Array], list[Array]]:
     """Forward mode: the results, computed with what the rules need, and their tangents."""
-    (data, inputs), (_, moves) = call.arrays(primals), call.arrays(tangents)
+    (data, inputs), (still, moves) = call.arrays(primals), call.arrays(tangents)
+    if any(jax.numpy.iscomplexobj(x) for x in jax.tree.leaves(still) if type(x) is not ad.Zero):
+        raise TypeError(NO_COMPLEX)
     results = call.again(call.operation.with_residuals(call.spec), call.spec, data, inputs)
     return call.flat(results), call.moved(data, inputs, results, _nonzero(moves))
 
@@ -154,6 +161,8 @@ def _transpose(bars: Any, *flat: Any, call: Call) -> list[Array | None]:
     data, inputs, *rest = call.arrays(flat)
     results, moves = rest or ({}, inputs)
     wanted = tuple(name for name, x in moves.items() if ad.is_undefined_primal(x))
+    if not rest and call.operation.keeps_outputs:  # its rule wants results
+        raise NotImplementedError("jax.linear_transpose of attention is not given: take jax.vjp")
     if not rest:
         inputs = {name: x for name, x in inputs.items() if name not in wanted}
     named = dict(zip(call.operation.outputs, map(ad.instantiate_zeros, bars), strict=True))
@@ -165,16 +174,23 @@ def _transpose(bars: Any, *flat: Any, call: Call) -> list[Array | None]:
     return gradients
 
 
+def _names(axis: Any) -> tuple[tuple[str, Any], ...]:
+    """Return what `jax.vmap` takes for an axis; it has a name where its user gives it one."""
+    name = axis.name if isinstance(axis.name, str) else None
+    found = {"axis_size": axis.size, "spmd_axis_name": axis.spmd_name, "axis_name": name}
+    return tuple((key, x) for key, x in found.items() if x is not None)
+
+
 def _batch(axis: Any, flat: Any, dims: Any, *, call: Call) -> tuple[list[Array], Any]:
     """Return the results of the same operation, mapped."""
-    mapped = Mapped(call.operation, axis.size, axis.spmd_name, tuple(dims), call.tree)
+    mapped = Mapped(call.operation, _names(axis), tuple(dims), call.tree)
     found = call.again(mapped, call.spec, *call.arrays(flat))
     return list(found.values()), [0] * len(found)
 
 
 def _batch_tangent(axis: Any, flat: Any, dims: Any, *, call: Call) -> tuple[list[Array], Any]:
     """Return the tangents of each entry."""
-    names = {"axis_size": axis.size, "spmd_axis_name": axis.spmd_name}
+    names = dict(_names(axis))
     found = jax.vmap(partial(_move, call=call), in_axes=tuple(dims), **names)(*flat)
     return found, [0] * len(found)
 

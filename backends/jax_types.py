@@ -22,14 +22,25 @@ Arrays = dict[str, Array]
 
 # What a JAX has depends on its version.
 _auto_axes = getattr(jax.sharding, "auto_axes", None)
+_abstract_mesh = getattr(jax.sharding, "get_abstract_mesh", None)
 _typeof = getattr(jax, "typeof", None) or jax.core.get_aval
+
+
+def is_floating(x: Any) -> bool:
+    """Whether an array, or the type of one, is of real floating numbers."""
+    return bool(jnp.issubdtype(x.dtype, jnp.floating))
+
+
+def _type(x: Any) -> Any:
+    """Return the type of an array, which may be the type itself."""
+    return x if isinstance(x, jax.core.ShapedArray) else _typeof(x)
 
 
 def axes_of(*trees: Any) -> frozenset[Any]:
     """Return the axes of a mesh that any array, or type of one, of the trees varies over."""
     found: set[Any] = set()
     for x in jax.tree.leaves(trees):
-        kind = x if isinstance(x, jax.core.ShapedArray) else _typeof(x)
+        kind = _type(x)
         kind = getattr(kind, "manual_axis_type", kind)
         found.update(getattr(kind, "varying", getattr(kind, "vma", ())))
     return frozenset(found)
@@ -61,10 +72,15 @@ def shaped(of: tuple[tuple[int, ...], Any], axes: frozenset[Any]) -> Any:
 def explicit_mesh(*trees: Any) -> Any:
     """Return the mesh, with explicit axes, of any array of the trees; None where there is none."""
     for x in jax.tree.leaves(trees):
-        mesh = getattr(getattr(_typeof(x), "sharding", None), "mesh", None)
+        mesh = getattr(getattr(_type(x), "sharding", None), "mesh", None)
         if getattr(mesh, "explicit_axes", ()):
             return mesh
     return None
+
+
+def is_on_mesh() -> bool:
+    """Whether code is called on a mesh, which JAX's context tells."""
+    return _abstract_mesh is not None and not _abstract_mesh().empty
 
 
 def automatic(function: Callable[..., Arrays], operation: Any, spec: Any) -> Callable[..., Arrays]:
@@ -78,7 +94,7 @@ def automatic(function: Callable[..., Arrays], operation: Any, spec: Any) -> Cal
         shardings = {
             name: NamedSharding(
                 mesh,
-                _typeof(inputs[name]).sharding.spec
+                _type(inputs[name]).sharding.spec
                 if name in inputs
                 else _spec_of_result(spec, inputs, name, len(shapes[name][0])),
             )
@@ -97,7 +113,7 @@ def _spec_of_result(spec: Any, inputs: Arrays, name: str, ndim: int) -> Partitio
     width = ndim - 1 if whole else ndim
     parts: list[Any] = [None] * (width + 1)
     for token in ("query", "key", "value"):
-        given = _typeof(inputs[token])
+        given = _type(inputs[token])
         before = width + 1 - given.ndim
         for i, part in enumerate(given.sharding.spec, before):
             if i < len(spec.batch):

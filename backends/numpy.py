@@ -164,8 +164,8 @@ class Adapter(InPlace):
         return OF_CPU._replace(alone=2 * OF_CPU.elements)
 
     def at_once(self, count: int) -> int:
-        """Return how many threads there are for `count` tasks."""
-        return min(count, _threads.share()) if count > 1 else count
+        """Return how many threads there are for `count` tasks, where no other call takes any."""
+        return min(count, _threads.most()) if count > 1 else count
 
     def each(
         self,
@@ -185,7 +185,7 @@ class Adapter(InPlace):
             if done is not None:
                 done()
 
-        threads = self.at_once(count)
+        threads = min(count, _threads.share()) if count > 1 else count
         if threads < 2:
             return super().each(one, state, count, done)
         _threads.run_all(task, count, threads)

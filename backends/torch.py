@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from . import _bits, generic, torch_native
 from ._functions import of_floating
 from ._sizes import OF_CPU, OF_GPU, Footprint, TileSizes
-from .generic import LOG2_E, SMALL, Array
+from .generic import LOG2_E, NO_COMPLEX, SMALL, Array
 from .torch_autograd import Call, Operation, Recorded, computed, is_captured, is_fake, tensors_in
 from .torch_lifted import Lifted, captured_by
 
@@ -57,6 +57,10 @@ class Adapter(generic.Adapter):
 
     name = "torch"
     autodiff = True
+
+    def is_floating(self, dtype: Any) -> bool:
+        """Whether `dtype` is floating, the ones of 8 bits included."""
+        return bool(dtype.is_floating_point)
 
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer, the barely supported unsigned ones included."""
@@ -251,6 +255,7 @@ class Adapter(generic.Adapter):
         function: Callable[..., Array],
         example: Callable[..., tuple[Array, ...]],
         sizes: list[Any],
+        arrays: list[Array],
     ) -> tuple[Callable[..., Array], tuple[Array, ...]]:
         """Find the captured tensors by a call that is watched."""
         with torch.no_grad():
@@ -318,6 +323,8 @@ class Adapter(generic.Adapter):
         held = tensors_in(data)
         if not _is_watched([*inputs.values(), *held]):
             return computed(self, operation, spec, data, inputs, watched=False)
+        if any(x.is_complex() and _is_watched([x]) for x in held):
+            raise TypeError(NO_COMPLEX)
         operation = operation.with_residuals(spec)
         call = Call(self, operation, spec, data, tuple(inputs), len(held))
         # No derivative is asked of what is in `data`.

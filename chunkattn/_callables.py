@@ -99,6 +99,7 @@ class Modified:
         if not hasattr(after, "dtype") or tuple(after.shape) != tuple(s.shape):
             got = getattr(after, "shape", type(after).__name__)
             raise ValueError(f"score_mod must return an array of shape {tuple(s.shape)}; got {got}")
+        _check_numbers(self.xp, after, "the result of score_mod")
         # A copy, since what follows is done in place, and the function may have returned an array
         # of its own.
         return s if after is s else self.xp.astype(after, s.dtype)
@@ -114,13 +115,22 @@ class Modified:
                 "score_mod: the derivative of a ScoreMod must return an array of a shape that "
                 f"broadcasts to {tuple(s.shape)}; got {got}"
             )
+        _check_numbers(self.xp, slope, "score_mod: the result of the derivative of a ScoreMod")
         return self.xp.cast(slope, s.dtype)
+
+
+def _check_numbers(xp: Any, x: Array, name: str) -> None:
+    """Refuse what a cast would take for real numbers, or would take the mask from."""
+    xp.check(x, name)
+    if not (xp.is_floating(x.dtype) or xp.is_integer(x.dtype) or xp.is_bool(x.dtype)):
+        raise TypeError(f"{name} must be of real numbers; got {x.dtype}")
 
 
 class Examples:
     """What the caller's functions are called with in a call, to find out what they capture.
 
-    `sizes` are those of the tiles: batch entries by axis and heads, rows, and columns.
+    `sizes` are those of the tiles: batch entries by axis and heads, rows, and columns; `arrays` are
+    all of the call.
     """
 
     def __init__(
@@ -129,8 +139,9 @@ class Examples:
         like: Array,
         data: dict[str, Any],
         sizes: list[TileShape],
+        arrays: list[Array],
     ) -> None:
-        self.xp, self.like, self.data, self.sizes = xp, like, data, sizes
+        self.xp, self.like, self.data, self.sizes, self.arrays = xp, like, data, sizes, arrays
 
     def place(self, lead: tuple[int, ...], rows: int, cols: int) -> tuple[Array, ...]:
         """Return batch entries, heads and positions of the first tile of this size."""
@@ -158,7 +169,7 @@ class Examples:
 
     def lift_mask(self, mask: Predicate) -> LiftedPredicate:
         """Return the mask with what its function captures as data."""
-        return LiftedPredicate(*self.xp.lift(mask.mask_mod, self.place, self.sizes))
+        return LiftedPredicate(*self.xp.lift(mask.mask_mod, self.place, self.sizes, self.arrays))
 
     def lift_score_mod(
         self, score_mod: Callable[..., Array], dtype: Any
@@ -169,6 +180,6 @@ class Examples:
             scores = self.xp.new(self.like, (*lead, rows, cols), 0.0, dtype)
             return scores, *self.place(lead, rows, cols)
 
-        function, captured = self.xp.lift(score_mod, scored, self.sizes)
+        function, captured = self.xp.lift(score_mod, scored, self.sizes, self.arrays)
         derivative = score_mod.derivative if isinstance(score_mod, ScoreMod) else None
         return Lifted(function, derivative), captured

@@ -83,8 +83,8 @@ class Moved:
 
 
 def per_head(rows: Rows, x: Array, dtype: Any) -> Array:
-    """Return one number for each head as (h, 1, 1)."""
-    return rows.xp.cast(rows.of_heads(x), dtype)[:, None, None]
+    """Return one number for each head as (…, h, 1, 1)."""
+    return rows.problem.aligned(rows.xp.cast(rows.of_heads(x), dtype)[:, None, None])
 
 
 def sink_weights(rows: Rows, lse: Array) -> Array:

@@ -42,7 +42,8 @@ def threefry(key: Words, counter: Words) -> Words:
             x = x + y
             y = _rotate(y, bits) ^ x
         x += keys[(group + 1) % 3]  # x and y have their full shape by now
-        y += keys[(group + 2) % 3] + (group + 1)
+        word = keys[(group + 2) % 3] + (group + 1)
+        y += signed(word) if isinstance(word, int) else word
     return x, y
 
 

@@ -109,6 +109,13 @@ key_chunk_size, compute_dtype
             streamed=True,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the adapter, which belongs to the process."""
+        return {name: x for name, x in vars(self).items() if name != "_xp"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _xp=common_adapter([("query", state["_query"])]))
+
     def update(self, key: Array, value: Array) -> OnlineAttention:
         """Take the next chunk of keys and values, and return self.
 
@@ -233,6 +240,7 @@ def _combine(xp: Any, form: Form, arrays: dict[str, Any]) -> tuple[Array, ...]:
 def _finish(xp: Any, form: Form, arrays: dict[str, Any]) -> tuple[Array, ...]:
     summary, sinks = arrays["summary"], arrays["sinks"]
     if sinks is not None:
-        total, top = of_sinks(xp, sinks, summary[1].dtype)
+        axes = (None,) * (summary[1].ndim - 3) + (...,)
+        total, top = (x[axes] for x in of_sinks(xp, sinks, summary[1].dtype))
         summary = combine(xp, summary, (xp.zeros_like(total), total, top))
     return finished(xp, form, summary)

@@ -20,7 +20,7 @@ from ._checks import (
     softcap_of,
 )
 from ._mask import with_fields
-from ._shapes import Shapes, check_floats, is_float, shapes_of
+from ._shapes import Shapes, check_floats, shapes_of
 from ._spec import Asked, Spec, schedule
 from .masks import Causal, Dense, Lengths, Mask, Predicate, Segments, Window
 
@@ -174,7 +174,8 @@ def _checked(
     extra = [("bias", bias), ("sinks", sinks), ("scale", scale), ("dropout_seed", dropout_seed)]
     extra += [("query_offset", query_offset), ("key_offset", key_offset)]
     extra += [("mask", x) for m in masks for x in _held(m).values() if is_array(x)]
-    xp = common_adapter([*tokens.items(), *((name, x) for name, x in extra if is_array(x))])
+    arrays = [*tokens.items(), *((name, x) for name, x in extra if is_array(x))]
+    xp = common_adapter(arrays)
     tokens = xp.promoted(tokens)
     shapes = shapes_of(tokens, layout)
     dtype = common_dtype(xp, tokens)
@@ -210,12 +211,12 @@ def _checked(
         tiles = size.tiles(xp, shapes)  # those of derivatives, too
         if implementation == "standard":
             tiles += whole
-        examples = Examples(xp, query, data, tiles)
+        examples = Examples(xp, query, data, tiles, [x for _, x in arrays])
         masks = tuple(examples.lift_mask(m) if isinstance(m, Predicate) else m for m in masks)
         if score_mod is not None:
             lifted, captured = examples.lift_score_mod(score_mod, compute)
             for i, x in enumerate(captured):
-                (inputs if is_float(xp, x) else data)[f"captured{i}"] = x
+                (inputs if xp.is_floating(x.dtype) else data)[f"captured{i}"] = x
     spec = Spec(
         **vars(shapes),
         layout=layout,

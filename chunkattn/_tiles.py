@@ -11,7 +11,9 @@ from ._cached import cached_property
 from ._dropout import kept
 from ._partial import Summary, empty, of_sinks
 from ._problem import Problem
+from ._shapes import broadcast
 from ._spec import Cut
+from .masks import Mask, Predicate
 
 Array = Any
 Index = Any  # an int, or a traced integer
@@ -160,7 +162,8 @@ class Rows(Span):
             top = self.first_top()
         if sinks is None:
             return acc, total, top
-        sink_total, sink_top = of_sinks(xp, self.of_heads(sinks), spec.compute)
+        of_heads = of_sinks(xp, self.of_heads(sinks), spec.compute)
+        sink_total, sink_top = map(self.problem.aligned, of_heads)
         return acc, total + sink_total, xp.maximum(top, sink_top)
 
     def first_top(self) -> Array:
@@ -215,7 +218,7 @@ class Tile:
         if self.masked and xp.looks(rows.query):
             for i, mask in enumerate(rows.problem.masks):
                 if mask.has_gaps(rows):
-                    allowed = self._known[i] = mask.tile(self)
+                    allowed = self._known[i] = self._of(mask)
                     if allowed is not None:
                         seen = seen & xp.any(xp.some(allowed))
         return seen
@@ -224,9 +227,26 @@ class Tile:
         """Yield what each mask allows, where it forbids some pair; the tile does not keep it."""
         if self.masked:
             for i, mask in enumerate(self.rows.problem.masks):
-                found = self._known.pop(i) if i in self._known else mask.tile(self)
+                found = self._known.pop(i) if i in self._known else self._of(mask)
                 if found is not None:
                     yield found
+
+    def _of(self, mask: Mask) -> Array | None:
+        """Return what a mask allows, which may be the caller's code."""
+        allowed = mask.tile(self)
+        if allowed is None:
+            return None
+        told = "mask_mod" if isinstance(mask, Predicate) else f"{type(mask).__name__}.tile"
+        if not hasattr(allowed, "dtype") or not self.xp.is_bool(allowed.dtype):
+            got = getattr(allowed, "dtype", type(allowed).__name__)
+            raise TypeError(f"mask: {told} must return a boolean array; got {got}")
+        shape = (*self.rows.lead, self.size)
+        if broadcast([tuple(allowed.shape), shape]) != shape:
+            raise ValueError(
+                f"mask: {told} must return an array that broadcasts to {shape}; got "
+                f"{tuple(allowed.shape)}"
+            )
+        return allowed
 
     @cached_property
     def q_idx(self) -> Array:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from ._array_masks import Dense, Segments
 from ._checks import whole
 from ._mask import Mask, Range
-from ._shapes import broadcast
 
 if TYPE_CHECKING:
     from ._shapes import Shapes
@@ -268,17 +267,7 @@ class Predicate(Mask):
 
     def tile(self, tile: Tile) -> Array:
         """Call the function."""
-        allowed = self.of(tile.b, tile.h, tile.q_idx, tile.kv_idx)
-        if not hasattr(allowed, "dtype") or not tile.xp.is_bool(allowed.dtype):
-            got = getattr(allowed, "dtype", type(allowed).__name__)
-            raise TypeError(f"mask: mask_mod must return a boolean array; got {got}")
-        shape = (*tile.rows.lead, tile.size)
-        if broadcast([tuple(allowed.shape), shape]) != shape:
-            raise ValueError(
-                f"mask: mask_mod must return an array that broadcasts to {shape}; got "
-                f"{tuple(allowed.shape)}"
-            )
-        return allowed
+        return self.of(tile.b, tile.h, tile.q_idx, tile.kv_idx)
 
     def of(self, *place: Array) -> Array:
         """Return what the function says of a batch entry, a head and two positions."""

@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import threadpoolctl
+from chunkattn.backends import _threads
 
-from chunkattn import attention
+from chunkattn import attention, plan
 from chunkattn._cached import cached_property
 
 
@@ -123,6 +124,90 @@ def test_interrupted(library):
     code = INTERRUPTED.format(library=library)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+class Interrupting:
+    """A BLAS library at which Ctrl-C arrives right after it was held to one thread."""
+
+    def __init__(self, library):
+        self.library, self.armed = library, True
+
+    @property
+    def num_threads(self):
+        return self.library.num_threads
+
+    def set_num_threads(self, count):
+        self.library.set_num_threads(count)
+        if count == 1 and self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+
+    def __getattr__(self, name):
+        return getattr(self.library, name)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_interrupted_as_blas_is_held(tokens, monkeypatch):
+    call(tokens)
+    before = blas_threads()
+    libraries = list(map(Interrupting, _threads._blas._find()))
+    monkeypatch.setattr(_threads._blas, "libraries", libraries)
+    with pytest.raises(KeyboardInterrupt):
+        call(tokens)
+    assert blas_threads() == before
+    call(tokens)
+    assert blas_threads() == before
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_an_interrupt_left_is_given_back(tokens):
+    """Where none of a call's code ran any more, the next call restores BLAS."""
+    before = blas_threads()
+    held = _threads._blas.single_threaded()
+    held.__enter__()
+    assert set(blas_threads()) == {1}
+    _threads._blas.holders.clear()
+    call(tokens)
+    assert blas_threads() == before
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_plans_beside_other_calls(tokens):
+    """They count the threads that a call may have, whatever others have meanwhile."""
+    expected, plans = plan(*tokens, query_chunk_size=50), []
+
+    def progress(done, total):
+        plans.append(plan(*tokens, query_chunk_size=50))
+
+    call(tokens, progress=progress)
+    assert expected.threads == 2
+    assert {(x.threads, x.peak_bytes) for x in plans} == {(2, expected.peak_bytes)}
+
+
+LATE = """
+import atexit, threading, time
+import numpy as np
+from chunkattn import attention
+
+x = np.ones((3, 8, 400, 16), np.float32)
+
+def call(name):
+    print(name, abs(attention(*x, query_chunk_size=50) - 1).max() < 1e-4)
+
+def after_the_main_thread():
+    threading.main_thread().join()
+    call("thread")
+
+call("first")
+atexit.register(call, "at exit")
+threading.Thread(target=after_the_main_thread).start()
+"""
+
+
+def test_calls_after_the_main_thread():
+    """In threads that outlive it, and as Python exits, when it may start no more of them."""
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=300)
+    assert (done.stdout, done.stderr) == ("first True\nthread True\nat exit True\n", "")
 
 
 FAULTS = """
