@@ -346,7 +346,7 @@ class Adapter:
 
         `captured` are the arrays that `function` holds and derivatives may be asked of, or that
         are traced.  ``example(*size)`` are the arguments for a tile; `sizes` those of the tiles to
-        come.
+        come, `arrays` those of the call.
         """
         return Unlifted(function), ()
 

@@ -88,7 +88,8 @@ def attention(
         tile, on JAX once per shape of a tile, which is traced; and again for derivatives, where
         values are not finite, and on PyTorch and JAX to find out which arrays it captures.  `score`
         is the tile of shape (…, h, queries, keys), the others are integer arrays that broadcast
-        against it: the row-major number of the batch entry, the query head, and the positions.
+        against it: the row-major number of the batch entry, the query head, and the positions,
+        which are not to be written to.
         Derivatives on a library that cannot differentiate a function need a `ScoreMod`.
     sinks : array of shape (h,), optional
         For each query head the score of a key without a value, which takes its part of the weight;
@@ -116,7 +117,8 @@ def attention(
         "64MiB" (2²⁰ bytes) and the like.  Tiles are made smaller until they fit, as `plan` counts;
         where the smallest do not, the error says what the least is.  The limit counts gradients
         too, where they may be asked for: of PyTorch's tensors that require them, and under JAX's
-        transformations.  It does not cover forward mode and second order, and "standard" has none.
+        transformations.  It does not cover forward mode, second order, and what a NaN or inf behind
+        a mask takes more; under `jax.vmap` it counts one entry; and "standard" has none.
     compute_dtype : dtype or str, optional
         float32 or float64: the dtype of scores, sums and `lse`.  Default float64 for float64
         inputs, else float32.
@@ -168,7 +170,8 @@ def attention(
     arrays take some bytes for each key, and PyTorch's kernels keep an `lse`.  `plan` counts it all.
 
     A NaN or inf in a visible key or value reaches the queries that see it and no other: not even a
-    NaN in `value` behind a mask, which a plain product would carry over as ``0 · NaN``.
+    NaN in `value` behind a mask, which a plain product would carry over as ``0 · NaN``.  A score of
+    -inf hides its key, whatever it comes from.
 
     PyTorch and JAX differentiate a call as any other function, in memory linear in `n_q` and `n_k`:
     by all floating arrays, also those that `score_mod` captures, in reverse and forward mode and to

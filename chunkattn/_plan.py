@@ -68,10 +68,11 @@ def plan(
 
     Notes
     -----
-    Counted are the arrays of one call; what functions of the caller (`score_mod`, a mask's
-    function) hold inside is theirs, but for their results.  On a GPU what PyTorch's own kernels
-    take for themselves is not known.  On a CPU, XLA's plan leaves out what its matrix products
-    copy; that is a bound for two cores.
+    Counted are the arrays of one call on finite numbers (a NaN or inf behind a mask takes another
+    tile or two), and of one entry of `jax.vmap`; what functions of the caller (`score_mod`, a
+    mask's function) hold inside is theirs, but for their results.  On a GPU what PyTorch's own
+    kernels take for themselves is not known.  On a CPU, XLA's plan leaves out what its matrix
+    products copy; that is a bound for two cores.
 
     Examples
     --------
@@ -98,6 +99,8 @@ def plan(
         return planned(*tokens)
     name = library or ("jax" if type(query).__module__.startswith("jax") else "numpy")
     module = import_module(_MODULES.get(name, name))
+    if not hasattr(module, "zeros"):
+        raise ValueError(f"library must be the name of an array library; got {name!r}")
     like = module.zeros((), **({} if device is None else {"device": device}))
     xp = adapter_of(like, "library")
     specs = [(tuple(x.shape), _dtype(xp, x.dtype)) for x in tokens]

@@ -72,6 +72,25 @@ def moved(q, k, v):
     return jax.jvp(lambda *x: one(*x), (q, k, v), (q, k, v))[1]
 
 
+def projected(q, k, v):
+    return one(jnp.sin(q), 2 * k, v)
+
+
+def functions(q, k, v):
+    def mask_mod(b, h, q_idx, kv_idx):
+        return kv_idx <= q_idx + 2
+
+    return call(q, k, v, score_mod=lambda s, *_: 3 * jnp.tanh(s / 3), mask=mask_mod)
+
+
+def with_rules(q, k, v):
+    def score_mod(s, b, h, q_idx, kv_idx):
+        s = jax.nn.softplus(s) + jax.checkpoint(jnp.sin)(s)
+        return jax.lax.fori_loop(0, 2, lambda i, s: s / 2, s)
+
+    return call(q, k, v, score_mod=score_mod)
+
+
 def shared(q, k, v):
     return one(q, k[:1], v[:1])
 
@@ -92,6 +111,9 @@ CASES = {
     "vmap": (jax.vmap(one), (), TOKENS),
     "scan of checkpoints": (steps, (), TOKENS),
     "jvp": (moved, (), TOKENS),
+    "a projection": (projected, (), TOKENS),
+    "functions": (functions, (), TOKENS),
+    "functions with rules": (with_rules, (), TOKENS),
 }
 
 
@@ -108,7 +130,11 @@ WAYS = {
     "shard_map": (in_shards, AUTO, tuple(name for name in CASES if name != "lse")),
     "shard_map, explicit axes": (in_shards, EXPLICIT, ("plain",)),
     "jit": (as_it_is, AUTO, ("all at once",)),
-    "jit, explicit axes": (as_it_is, EXPLICIT, ("all at once", "lse", "keys of all", "vmap")),
+    "jit, explicit axes": (
+        as_it_is,
+        EXPLICIT,
+        ("all at once", "lse", "keys of all", "vmap", "a projection", "functions"),
+    ),
 }
 
 

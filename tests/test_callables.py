@@ -242,6 +242,17 @@ def test_refused(lib, rng):
         flex_attention(four, four[:, :1, ...], four[:, :1, ...])
 
 
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+def test_scores_are_real(name, rng):
+    """A cast would leave out the imaginary parts, and a mask."""
+    q = libraries.library(name).asarray(rng.standard_normal((2, 8, 4)))
+    with pytest.raises(TypeError, match="the result of score_mod must be of real numbers; got"):
+        attention(q, q, q, score_mod=lambda s, b, h, i, j: s * 1j)
+    if name == "numpy":
+        with pytest.raises(TypeError, match="the result of score_mod is a numpy"):
+            attention(q, q, q, score_mod=lambda s, b, h, i, j: np.ma.masked_array(s, s > 0))
+
+
 @pytest.mark.parametrize("name", ["torch", "jax"])
 def test_derivatives_of_the_textbook(name, rng):
     """They are those of tiles, of other sizes than the whole that the function was tried on."""

@@ -553,6 +553,7 @@ def test_plan_draws(tmp_path):
         (("--heads", 8, "--key-heads", 3), "--key-heads: must divide --heads"),
         (("--plot", "plan.txt"), "must be the name of a file in .png or .svg"),
         (("--n", 0), "must be a whole number from 1 on"),
+        (("--library", "json"), "library must be the name of an array library; got 'json'"),
     ],
 )
 def test_plan_refuses(capsys, words, message):

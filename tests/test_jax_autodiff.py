@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from autodiff import CHUNKS, SHAPES, call, merged, score_mod, streamed
+from chunkattn.backends.jax_lifted import lift
 from jax.test_util import check_grads
 from libraries import compiled_quickly
 
-from chunkattn import attention_jvp, attention_vjp, masks
+from chunkattn import OnlineAttention, attention_jvp, attention_vjp, masks
 
 ALL = (0, 1, 2)
 
@@ -149,6 +150,110 @@ def test_captured_arrays():
     each = jnp.stack([jax.grad(of_slopes)(one) for one in slopes])
     np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(of_slopes)))(slopes), each, atol=1e-12)
     assert (each != 0).all()
+
+
+@pytest.mark.parametrize("rule", ["custom_jvp", "custom_vjp"])
+def test_functions_with_rules_of_their_own(rule):
+    """JAX's text of such a function leaves out its rules, which may differ."""
+    x = arrays(*SHAPES)
+
+    def with_slope(slope):
+        function = getattr(jax, rule)(lambda s: s)
+        if rule == "custom_jvp":
+            function.defjvp(lambda s, moves: (s[0], slope * moves[0]))
+        else:
+            function.defvjp(lambda s: (s, None), lambda _, bar: (slope * bar,))
+        return lambda s, b, h, q_idx, kv_idx: function(s)
+
+    def gradient(slope):
+        return jax.grad(lambda q: call(q, *x[1:], score_mod=with_slope(slope))[0].sum())(x[0])
+
+    plain = jax.grad(lambda q: call(q, *x[1:])[0].sum())(x[0])
+    for slope in (1.0, 3.0, 0.5):
+        np.testing.assert_allclose(gradient(slope), slope * plain, atol=1e-12)
+
+
+def test_relu_is_compiled_once():
+    """It has a rule of its own, which is told by what it does."""
+
+    def lifted(factor):
+        example = (jnp.ones((2, 3)),)
+        return lift(lambda s: factor * jax.nn.relu(s), [example], frozenset())[0]
+
+    seen = list(map(lifted, (2.0, 2.0, 3.0)))
+    assert seen[0].reusable
+    assert seen[0] == seen[1] != seen[2]
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float16"])
+def test_captured_arrays_of_few_bits(dtype):
+    x = arrays(*SHAPES)
+
+    def of_slopes(slopes):
+        out, _ = call(*x, score_mod=lambda s, b, h, i, j: s * slopes[h].astype(s.dtype))
+        return jnp.sin(out).sum()
+
+    slopes = jnp.asarray([0.5, 1.5])
+    found = jax.grad(of_slopes)(slopes.astype(dtype))
+    assert found.dtype == dtype
+    expected = jax.grad(of_slopes)(slopes).astype(dtype)
+    np.testing.assert_allclose(
+        found.astype("float32"), expected.astype("float32"), rtol=float(jnp.finfo(dtype).eps)
+    )
+
+
+def test_gradients_of_captured_complex_arrays_are_refused():
+    x = arrays(*SHAPES)
+
+    def of_phases(phases):
+        return call(*x, score_mod=lambda s, b, h, i, j: s * abs(phases[h]))[0].sum()
+
+    phases = jnp.asarray([1j, 2j])
+    np.testing.assert_allclose(jax.jit(of_phases)(phases), of_phases(phases))
+    with pytest.raises(TypeError, match="must not capture complex arrays"):
+        jax.grad(of_phases)(phases)
+
+
+def test_named_axes_of_vmap():
+    (x,) = arrays((3, *SHAPES[0]))
+
+    def one(q):
+        def score_mod(s, b, h, q_idx, kv_idx):
+            return s + jax.lax.psum(q.ravel()[0], "z") * (kv_idx - q_idx)
+
+        return call(q, q, q, score_mod=score_mod)[0]
+
+    def textbook(q, total):
+        distance = jnp.arange(q.shape[-2]) - jnp.arange(q.shape[-2])[:, None]
+        scores = q @ q.mT / q.shape[-1] ** 0.5 + total * distance
+        return jax.nn.softmax(scores, axis=-1) @ q
+
+    for derived in (lambda f: f, lambda f: jax.grad(lambda x: jnp.sin(f(x)).sum())):
+        found = derived(lambda x: jax.vmap(one, axis_name="z")(x))(x)
+        expected = derived(
+            lambda x: jax.vmap(textbook, in_axes=(0, None))(x, x.reshape(3, -1)[:, 0].sum())
+        )(x)
+        np.testing.assert_allclose(found, expected, atol=1e-11)
+
+
+def test_ranks_are_not_promoted():
+    q, k, v = arrays(*SHAPES)
+    sinks = jnp.asarray([0.5, -1.0])
+
+    def loss(sinks):
+        online = OnlineAttention(q, sinks=sinks, **CHUNKS).update(k, v).result()
+        return call(q, k, v, sinks=sinks)[0].sum() + online.sum()
+
+    expected = jax.grad(loss)(sinks)
+    with jax.numpy_rank_promotion("raise"):
+        np.testing.assert_array_equal(jax.grad(loss)(sinks), expected)
+
+
+def test_linear_transpose_is_refused():
+    q, k, v = arrays(*SHAPES)
+    transposed = jax.linear_transpose(lambda v: call(q, k, v)[0], v)
+    with pytest.raises(NotImplementedError, match="linear_transpose of attention is not given"):
+        transposed(call(q, k, v)[0])
 
 
 def test_third_derivatives_in_reverse_are_refused():

@@ -16,7 +16,7 @@ if not hasattr(jax, "shard_map"):
 SCRIPT = Path(__file__).parent / "sharded.py"
 CASES = [
     *("plain", "all at once", "captured arrays", "merge", "lse", "keys of all", "vmap"),
-    *("scan of checkpoints", "jvp"),
+    *("scan of checkpoints", "jvp", "a projection", "functions", "functions with rules"),
 ]
 
 

@@ -286,6 +286,30 @@ def test_own_mask_of_a_function(rng):
         attention(q, q, q, mask=Near(lambda b, h, q_idx, kv_idx: kv_idx > 0))
 
 
+@dataclass(frozen=True)
+class Given(masks.Mask):
+    """A mask of an array of pairs, whatever is in it."""
+
+    pairs: object
+
+    def tile(self, tile):
+        return tile.slice(self.pairs) if hasattr(self.pairs, "shape") else self.pairs
+
+
+@pytest.mark.parametrize("pairs", [np.ones((40, 40), int), True])
+def test_own_mask_must_be_boolean(rng, pairs):
+    """It is no mask of bits, and is not written to."""
+    x = rng.standard_normal((3, 1, 40, 8))
+    with pytest.raises(TypeError, match=r"mask: Given\.tile must return a boolean array; got"):
+        attention(*x, mask=Given(pairs))
+    assert np.all(pairs)
+
+
+def test_own_mask_must_broadcast(rng):
+    with pytest.raises(ValueError, match=r"Given\.tile must return an array that broadcasts to"):
+        attention(*rng.standard_normal((3, 1, 40, 8)), mask=Given((np.ones(3) > 0)[None]))
+
+
 def test_own_mask_must_be_a_dataclass(rng):
     """Without fields of its own a mask equals every other one, and JAX would mix them up."""
 

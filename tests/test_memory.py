@@ -339,6 +339,20 @@ def test_one_compilation_for_calls_alike(jax, caplog, rng):
     assert len(compilations(query_offset=10, softcap=2.0)) == 1
 
 
+def test_one_compilation_within_a_limit(jax, caplog, rng):
+    """Planning compiles, too, and offsets and scale are data to that."""
+    x = libraries.library("jax").asarray(rng.standard_normal((3, 40, 8)))
+
+    def compilations(offset, scale):
+        caplog.clear()
+        with jax.log_compiles():
+            chunked(x, x, x, causal=True, query_offset=offset, scale=scale, memory_limit="1MB")
+        return [r.message for r in caplog.records if r.message.startswith("Compiling")]
+
+    assert compilations(3, 0.5)
+    assert compilations(4, 0.25) == []
+
+
 def test_one_compilation_for_functions_alike(jax, caplog, rng):
     """Functions that are written anew, and capture other arrays; not those that do otherwise."""
     lib = libraries.library("jax")

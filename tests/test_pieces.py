@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from itertools import pairwise
 
+import libraries
 import numpy as np
 import oracle
 import pytest
@@ -198,6 +201,22 @@ def test_online_goes_on(lib, tokens):
         two.update(k[..., cut, :], v[..., cut, :])
         one.result()
     np.testing.assert_array_equal(lib.numpy(one.result()), lib.numpy(two.result()))
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_online_copies(name, tokens, copied):
+    lib = libraries.library(name)
+    q, k, v = convert(lib, tokens)
+    online = OnlineAttention(q).update(k, v)
+    other = copied(online).update(k, 2 * v)
+    expected = OnlineAttention(q).update(k, v).update(k, 2 * v).result()
+    np.testing.assert_allclose(lib.numpy(other.result()), lib.numpy(expected), rtol=1e-6)
+    np.testing.assert_array_equal(
+        lib.numpy(online.result()), lib.numpy(OnlineAttention(q).update(k, v).result())
+    )
 
 
 @pytest.mark.feature("OnlineAttention")

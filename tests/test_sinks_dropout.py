@@ -125,7 +125,7 @@ def test_dropout_in_pieces(lib, tokens):
 def test_seed_arrays(lib, tokens):
     """A seed may be an integer array without axes, which JAX may trace."""
     q, k, v = (lib.asarray(x) for x in tokens)
-    for seed in (5, 2**31 + 3, -2):
+    for seed in (5, 2**31 + 3, -2, 2**31 - 1, 2**31 - 5):
         one = lib.call(attention, q, k, v, dropout=0.5, dropout_seed=seed)
         two = lib.call(attention, q, k, v, dropout=0.5, dropout_seed=lib.asarray(np.asarray(seed)))
         np.testing.assert_array_equal(lib.numpy(one), lib.numpy(two))

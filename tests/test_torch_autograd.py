@@ -151,6 +151,21 @@ def test_torch_func_inside_of_a_score_mod():
     torch.testing.assert_close(ours, gradients(lambda s, b, h, i, j: (slope * s).sin()))
 
 
+def test_gradients_of_captured_complex_tensors_are_refused():
+    inputs = tensors(*SHAPES)
+    phases = torch.asarray([1j, 2j])
+
+    def found():
+        return call(*inputs, score_mod=lambda s, b, h, i, j: s * phases[h].abs())[0]
+
+    expected = found()
+    phases.requires_grad_()
+    with pytest.raises(TypeError, match="must not capture complex arrays"):
+        found()
+    with torch.no_grad():
+        torch.testing.assert_close(found(), expected)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 def test_parameters_out_of_sight_are_refused():
     """Their gradients would be missing without a word."""

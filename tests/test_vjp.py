@@ -309,3 +309,14 @@ def test_functions_that_overwrite_the_scores(rng):
             found.append([out, moved, *vjp(q).values()])
         for one, other in zip(*found, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_gradients_of_results_of_any_range(rng):
+    """They are taken in the compute dtype, and raise nothing that users ask NumPy to raise."""
+    x = rng.standard_normal((3, 5, 4)).astype(np.float16)
+    with np.errstate(all="raise"):
+        out, vjp = attention_vjp(*x, bias=np.zeros((5, 5), np.float32))
+        found, expected = (vjp(factor * np.ones(out.shape, np.float32)) for factor in (1e6, 1e-2))
+        tiny = vjp(np.full(out.shape, 1e-9, np.float32))
+    np.testing.assert_allclose(found["bias"], 1e8 * expected["bias"], rtol=1e-3, atol=1e-1)
+    np.testing.assert_allclose(tiny["bias"], 1e-7 * expected["bias"], rtol=1e-3, atol=1e-16)
