@@ -44,6 +44,7 @@ ARGUMENTS = {
     "implementation": "str",
     "return_lse": "bool",
     "trains": "bool",  # whether to keep what the gradients need
+    "trains_bias": "bool",  # whether that of the bias is among them
 }
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks", "scale_tensor")
 RESULTS = ("out", "lse", "low", "exact")
@@ -88,7 +89,7 @@ def example() -> Array:
     return torch.empty(0)
 
 
-def trains(tensors: tuple[Array | None, ...]) -> bool:
+def trains(*tensors: Array | None) -> bool:
     """Whether gradients with respect to one of the tensors may be asked for."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 

@@ -53,7 +53,7 @@ def backward(
     given: Given, results: Given, gradients: Given, names: tuple[str, ...]
 ) -> dict[str, Array]:
     """Return the gradients of the arguments of these names."""
-    request, algorithm = _call(given | {"trains": True})
+    request, algorithm = _call(given | {"trains": True, "trains_bias": "bias" in names})
     xp, spec = request.xp, request.spec
     if not results.keys() >= set(algorithm.outputs):
         results = request.apply(algorithm)
@@ -78,7 +78,7 @@ def _call(given: Given) -> tuple[Any, Any]:
     mask = _masks(*(given.pop(name) for name in ("masks", "mask_widths", "mask_tensors")))
     given |= {"mask": mask or None, "score_mod": None}
     limit, tokens = given.pop("memory_limit"), tuple(given.pop(name) for name in TOKENS)
-    asked = {"return_lse": return_lse, "bias_gradient": trains}
+    asked = {"return_lse": return_lse, "bias_gradient": given.pop("trains_bias")}
     request, algorithm, _ = prepared(tokens, given, limit, trains, **asked)
     return request, algorithm.with_residuals(request.spec) if trains else algorithm
 
@@ -104,8 +104,8 @@ def traced(query: Array, key: Array, value: Array, keywords: Given) -> Any:
         return _OUTSIDE[why](query, key, value, keywords)
     xp = common_adapter(tuple(tokens.items()))
     given = xp.promoted(tokens) | plain
-    trains = torch_compile.trains(tuple(given[name] for name in torch_compile.DIFFERENTIABLE))
-    given["trains"] = trains
+    given["trains"] = torch_compile.trains(*(given[x] for x in torch_compile.DIFFERENTIABLE))
+    given["trains_bias"] = torch_compile.trains(given["bias"])
     out, lse, *_ = operator(*(given[name] for name in torch_compile.ARGUMENTS))
     return (out, lse) if given["return_lse"] else out
 
@@ -144,7 +144,7 @@ def operands(keywords: Given) -> Given | None:
             return None
     found = given | masks
     # A keyword that is new to `attention` needs its place in `ARGUMENTS`.
-    assert {*found} == {*torch_compile.ARGUMENTS} - {*TOKENS, "trains"}
+    assert {*found} == {*torch_compile.ARGUMENTS} - {*TOKENS, "trains", "trains_bias"}
     return found
 
 
