@@ -14,7 +14,9 @@ from .jax_types import axes_of, explicit_mesh, is_floating, is_on_mesh, vary
 
 
 def lift(
-    function: Callable[..., Array], examples: list[tuple[Any, ...]], axes: frozenset[Any]
+    function: Callable[..., Array],
+    examples: list[tuple[Any, ...]],
+    axes: frozenset[Any] = frozenset(),
 ) -> tuple[Lifted, tuple[Array, ...]]:
     """Return the lifted function, and the arrays to pass to it.
 

@@ -260,8 +260,12 @@ class Adapter(generic.Adapter):
         """Find the captured tensors by a call that is watched."""
         with torch.no_grad():
             args = example(sizes[0][0], 1, 1)
-        captured = captured_by(function, args)
-        return Lifted(function, captured), captured
+
+        def is_derived(captured: tuple[Array, ...]) -> bool:
+            return _is_watched([*arrays, *captured])
+
+        captured = captured_by(function, args, is_derived)
+        return Lifted(function, captured, is_derived(captured)), captured
 
     def pushforward(
         self, function: Any, primals: tuple[Array, ...], tangents: tuple[Array, ...]

@@ -188,10 +188,14 @@ class Operation(torch.autograd.Function):  # type: ignore[misc]
                 "forward mode of forward mode is not given for attention: take "
                 "torch.func.hessian, or jacfwd of jacrev, for second derivatives"
             )
-        moves = {name: x for name, x in zip(call.names, tangents, strict=False) if x is not None}
-        found = operation.tangent(_point(ctx), moves)
-        still = operation.residuals
-        return tuple(None if name in still else found.get(name) for name in operation.outputs)
+        at, still = _point(ctx), operation.residuals
+
+        def rule(*tangents: Array | None) -> tuple[Array | None, ...]:
+            named = zip(call.names, tangents, strict=False)
+            found = operation.tangent(at, {name: x for name, x in named if x is not None})
+            return tuple(None if name in still else found.get(name) for name in operation.outputs)
+
+        return _one_by_one(rule, tangents)
 
     @staticmethod
     def vmap(
@@ -227,23 +231,23 @@ class Recorded(Operation):
 
 
 def _one_by_one(
-    rule: Callable[..., tuple[Array | None, ...]], cotangents: tuple[Array | None, ...]
+    rule: Callable[..., tuple[Array | None, ...]], arrays: tuple[Array | None, ...]
 ) -> tuple[Array | None, ...]:
-    """Call a rule; with `is_grads_batched` of `torch.autograd.grad` once for each entry.
+    """Call a rule; with `vectorize` of `torch.autograd.functional`, and the like, for each entry.
 
     PyTorch hands over tensors then that are not torch.vmap's, and that nothing can be written into.
     """
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     if level == 0:
-        return rule(*cotangents)
+        return rule(*arrays)
 
     def entries(x: Array | None, size: int) -> Array | None:
         return None if x is None else torch._remove_batch_dim(x, level, size, 0)
 
-    ones = [entries(x, 1) for x in cotangents]  # what is not batched has one then
+    ones = [entries(x, 1) for x in arrays]  # what is not batched has one then
     size = max(len(x) for x in ones if x is not None)
-    given = [entries(x, size) for x in cotangents]
+    given = [entries(x, size) for x in arrays]
     found = [rule(*(None if x is None else x[i] for x in given)) for i in range(size)]
     return tuple(
         None if x[0] is None else torch._add_batch_dim(torch.stack(x), 0, level)

@@ -113,7 +113,7 @@ def register(
         names = _kept(given)
         with torch.no_grad(), torch.autocast(given["query"].device.type, enabled=False):
             found = forward(given, names)
-        return _results(given, {name: _settled(given, name, found[name]) for name in names})
+        return _results(given, {name: found[name].contiguous() for name in names})
 
     def attend_backward(
         d_out: Array | None, d_lse: Array | None, wanted: str, *args: Any
@@ -124,19 +124,21 @@ def register(
         names = tuple(wanted.split())
         with torch.no_grad(), torch.autocast(given["query"].device.type, enabled=False):
             gradients = backward(given, found, bars, names)
-        return [_settled(given, name, gradients[name]) for name in names]
+        return [gradients[name].contiguous() for name in names]
 
     def fake(*args: Any) -> tuple[Array, ...]:
         given = _named(args)
-        shapes = _shapes(given)
-        return _results(given, {name: _empty(given, name, *shapes[name]) for name in _kept(given)})
+        shapes, empty = _shapes(given), given["query"].new_empty
+        kept = {name: shapes[name] for name in _kept(given)}
+        return _results(given, {name: empty(shape, dtype=t) for name, (shape, t) in kept.items()})
 
     def fake_backward(
         d_out: Array | None, d_lse: Array | None, wanted: str, *args: Any
     ) -> list[Array]:
         given = _named(args[len(RESULTS) :])
         return [
-            _empty(given, name, given[name].shape, given[name].dtype) for name in wanted.split()
+            given["query"].new_empty(given[name].shape, dtype=given[name].dtype)
+            for name in wanted.split()
         ]
 
     define = torch.library.custom_op
@@ -251,26 +253,9 @@ def _shapes(given: Given) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _swapped(given: Given, name: str = "query") -> bool:
-    """Whether an argument or a result has its positions before its heads."""
-    swaps = name in ("query", "key", "value", "out", "exact")
-    return swaps and given["layout"] == "nhd" and given["query"].ndim > 2
-
-
-def _empty(given: Given, name: str, shape: Any, dtype: Any) -> Array:
-    """Return a tensor without values, in memory as `_settled` has it."""
-    if _swapped(given, name):
-        *batch, n, h, d = shape
-        empty = given["query"].new_empty((*batch, h, n, d), dtype=dtype)
-        return empty.transpose(-3, -2)
-    return given["query"].new_empty(shape, dtype=dtype)
-
-
-def _settled(given: Given, name: str, x: Array) -> Array:
-    """Return `x` in memory by heads, then positions."""
-    if _swapped(given, name):
-        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
-    return x.contiguous()
+def _swapped(given: Given) -> bool:
+    """Whether the arrays have their positions before their heads."""
+    return bool(given["layout"] == "nhd" and given["query"].ndim > 2)
 
 
 def _results(given: Given, found: Given) -> tuple[Array, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,19 +15,26 @@ from .torch_autograd import tensors_in
 functorch = torch._C._functorch
 
 
-def captured_by(function: Callable[..., Any], args: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Return the tensors that a function takes from elsewhere, found by a call that is watched.
+def captured_by(
+    function: Callable[..., Any],
+    args: tuple[Array, ...],
+    is_derived: Callable[[tuple[Array, ...]], bool],
+) -> tuple[Array, ...]:
+    """Return the tensors that a function takes from elsewhere, found by calls that are watched.
 
-    Refused is what would get no gradient, since it is out of sight.
+    Refused is what would get no gradient, since it is out of sight.  `is_derived` says whether
+    derivatives of a call that captures these tensors may be asked for.
     """
     records = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-    with torch.set_grad_enabled(records), Watch(args) as watch:
+    with torch.set_grad_enabled(records), Watch(Known(args)) as watch:
         found = function(*args)
     captured = held = tuple(watch.captured)
-    if any(x.grad_fn is not None for x in captured):
-        with Watch(args) as again:  # what is not there then was made by the function itself
+    if is_derived(captured):
+        with Watch(Known(args)) as again:  # what is new then the function made, and keeps
             function(*args)
-        held = tuple(x for x in captured if any(x is y for y in again.captured))
+        seen, seen_again = Known(captured), Known(again.captured)
+        held = tuple(x for x in captured if x.grad_fn is None or x in seen_again)
+        captured += tuple(x for x in again.captured if x not in seen)
     if _depends_on_more(found, held):
         raise TypeError(
             "score_mod must not hold tensors that require gradients inside of TorchScript or of a "
@@ -36,13 +44,33 @@ def captured_by(function: Callable[..., Any], args: tuple[Array, ...]) -> tuple[
     return captured
 
 
-class Watch(TorchFunctionMode):  # type: ignore[misc]
-    """Collects the tensors that a function takes from elsewhere than its arguments."""
+class Known:
+    """Tensors by their identity; it keeps none of them."""
 
-    def __init__(self, own: tuple[Array, ...]) -> None:
+    def __init__(self, tensors: Iterable[Array] = ()) -> None:
+        self.references: dict[int, Any] = {}
+        self.add(tensors)
+
+    def add(self, tensors: Iterable[Array]) -> None:
+        """Know these, too."""
+        self.references.update((id(x), weakref.ref(x)) for x in tensors)
+
+    def __contains__(self, x: Array) -> bool:
+        reference = self.references.get(id(x))
+        return reference is not None and reference() is x
+
+    def forget(self) -> None:
+        """Forget those that are no more."""
+        alive = {key: x for key, x in self.references.items() if x() is not None}
+        self.references = alive
+
+
+class Watch(TorchFunctionMode):  # type: ignore[misc]
+    """Collects the tensors that a function takes from elsewhere; what it makes gets known."""
+
+    def __init__(self, known: Known) -> None:
         super().__init__()
-        self.own = list(own)  # held, so that no number of an object is used twice
-        self.known = {id(x) for x in own}
+        self.known = known
         self.depth = functorch.maybe_current_level() or 0
         self.captured: list[Array] = []
 
@@ -52,17 +80,17 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
         """Look at what goes in, and remember what comes out."""
         self.captured += self._new((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        self.own += self._new(result)
+        self._new(result)
         return result
 
     def _new(self, x: Any) -> list[Array]:
-        """Return tensors not seen before, but for those of a `torch.func` within the function."""
+        """Return tensors not known before, but for those of a `torch.func` within the function."""
         found = [
             y
             for y in tensors_in(x)
-            if id(y) not in self.known and functorch.maybe_get_level(y) <= self.depth
+            if y not in self.known and functorch.maybe_get_level(y) <= self.depth
         ]
-        self.known.update(map(id, found))
+        self.known.add(found)
         return found
 
 
@@ -82,18 +110,38 @@ def _depends_on_more(found: Any, captured: tuple[Array, ...]) -> bool:
     return False
 
 
-class Exchange(TorchFunctionMode):  # type: ignore[misc]
-    """Puts other tensors in the place of captured ones."""
+class Exchange(Watch):
+    """Puts other tensors in the place of captured ones, and refuses what was not captured.
 
-    def __init__(self, old: tuple[Array, ...], new: tuple[Array, ...]) -> None:
-        super().__init__()
+    A derivative by it would be lost; and in the place of what was captured (a module's parameters,
+    after `torch.func.functional_call`) it would make another function of the one differentiated.
+    """
+
+    def __init__(
+        self,
+        known: Known,
+        old: tuple[Array, ...],
+        new: tuple[Array, ...],
+        refuses: Callable[[Array], bool],
+    ) -> None:
+        super().__init__(known)
+        self.refuses = refuses
         self.new = {id(x): y for x, y in zip(old, new, strict=True)}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Call with the exchanged arguments."""
-        return func(*self._exchanged(args), **self._exchanged(kwargs or {}))
+        if any(map(self.refuses, self._new((args, kwargs)))):
+            raise RuntimeError(  # after a TypeError operators of Python would try something else
+                "score_mod or mask_mod takes a tensor that it did not take when attention was "
+                "called: where gradients are asked for, it must take the same ones on every tile "
+                "and until the gradients are there (under torch.func.functional_call: slope = "
+                "module.slope before it, not module.slope in it)"
+            )
+        result = func(*self._exchanged(args), **self._exchanged(kwargs or {}))
+        self._new(result)
+        return result
 
     def _exchanged(self, x: Any) -> Any:
         if isinstance(x, torch.Tensor):
@@ -106,14 +154,27 @@ class Exchange(TorchFunctionMode):  # type: ignore[misc]
 
 
 class Lifted:
-    """A function with the tensors it captures as its first argument."""
+    """A function with the tensors it captures as its first argument.
 
-    def __init__(self, function: Callable[..., Array], captured: tuple[Array, ...]) -> None:
-        self.function, self.captured = function, captured
+    With `derived` derivatives of the call are asked for.
+    """
+
+    def __init__(
+        self, function: Callable[..., Array], captured: tuple[Array, ...], derived: bool
+    ) -> None:
+        self.function, self.captured, self.derived = function, captured, derived
+        self.records = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        self.known = Known(captured)
 
     def __call__(self, captured: tuple[Array, ...], *args: Array) -> Array:
         """Call the function with `captured` in the place of what it holds."""
-        if not self.captured:
+        if not (self.captured or self.records):
             return self.function(*args)
-        with Exchange(self.captured, captured):
-            return self.function(*args)
+        self.known.add((*captured, *args))
+        with Exchange(self.known, self.captured, captured, self._refuses):
+            found = self.function(*args)
+        self.known.forget()
+        return found
+
+    def _refuses(self, x: Array) -> bool:
+        return self.derived or (self.records and x.requires_grad)

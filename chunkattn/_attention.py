@@ -86,11 +86,11 @@ def attention(
     score_mod : callable(score, b, h, q_idx, kv_idx), optional
         Returns the scores to use, each from that one score and its place.  It is called once per
         tile, on JAX once per shape of a tile, which is traced; and again for derivatives, where
-        values are not finite, and on PyTorch and JAX to find out which arrays it captures.  `score`
-        is the tile of shape (…, h, queries, keys), the others are integer arrays that broadcast
-        against it: the row-major number of the batch entry, the query head, and the positions,
-        which are not to be written to.
-        Derivatives on a library that cannot differentiate a function need a `ScoreMod`.
+        values are not finite, and on PyTorch and JAX to find out which arrays it captures: until
+        the gradients are there it must compute the same.  `score` is the tile of shape (…, h,
+        queries, keys), the others are integer arrays that broadcast against it: the row-major
+        number of the batch entry, the query head, and the positions, which are not to be written
+        to.  Derivatives on a library that cannot differentiate a function need a `ScoreMod`.
     sinks : array of shape (h,), optional
         For each query head the score of a key without a value, which takes its part of the weight;
         any floating dtype.

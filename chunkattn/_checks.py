@@ -114,7 +114,9 @@ def _number(name: str, x: Any, limit: float = math.inf, kind: str = "finite") ->
 def whole(x: Any) -> int | None:
     """Return `x` as an int where it is one, or an array without axes of one; a bool is none."""
     try:
-        return None if isinstance(x, bool) else operator.index(x)
+        if isinstance(x, int):  # perhaps a symbol of PyTorch's compiler
+            return None if isinstance(x, bool) else x
+        return operator.index(x)
     except TypeError:
         return None
 

@@ -155,16 +155,19 @@ def dot_product_attention(
 
 def _batched(xp: Any, tokens: dict[str, Array]) -> dict[str, Array]:
     """Return the tokens with four axes; refuse other numbers of axes and differing batches."""
-    told = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tokens.items())
+
+    def told() -> str:  # not before it is needed: the compiler cannot tell lengths that are symbols
+        return ", ".join(f"{name} {tuple(x.shape)}" for name, x in tokens.items())
+
     if any(len(x.shape) not in (3, 4) for x in tokens.values()):
         raise ValueError(
-            f"query, key and value must have the axes (B, T, N, H) or (T, N, H); got {told}"
+            f"query, key and value must have the axes (B, T, N, H) or (T, N, H); got {told()}"
         )
     tokens = {
         name: xp.expand_dims(x, axis=0) if len(x.shape) == 3 else x for name, x in tokens.items()
     }
     if len({x.shape[0] for x in tokens.values()}) > 1:
-        raise ValueError(f"query, key and value must have one batch size B; got {told}")
+        raise ValueError(f"query, key and value must have one batch size B; got {told()}")
     return tokens
 
 

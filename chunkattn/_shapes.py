@@ -102,12 +102,15 @@ def shapes_of(tokens: dict[str, Array], layout: str) -> Shapes:
 
 def broadcast(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
     """Return the shape that `shapes` broadcast to; None where they do not."""
-    if shapes.count(shapes[0]) == len(shapes):
-        return shapes[0]
     rank = max(map(len, shapes))
-    columns = zip(*((1,) * (rank - len(shape)) + shape for shape in shapes), strict=True)
-    sizes = [{n for n in column if n != 1} for column in columns]
-    return None if any(len(s) > 1 for s in sizes) else tuple(min(s, default=1) for s in sizes)
+    found = [1] * rank
+    for shape in shapes:  # one length after the other: PyTorch's compiler has symbols for some
+        for axis, n in enumerate(shape, rank - len(shape)):
+            if found[axis] == 1:
+                found[axis] = n
+            elif n not in (1, found[axis]):
+                return None
+    return tuple(found)
 
 
 def is_float(xp: Any, x: Array) -> bool:

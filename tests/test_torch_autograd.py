@@ -124,6 +124,11 @@ def test_gradients_in_batches(implementation):
     hessian = torch.autograd.functional.hessian
     hessians = [hessian(of_query, inputs[0], vectorize=vectorize) for vectorize in (False, True)]
     torch.testing.assert_close(*hessians)
+    jacobian = torch.autograd.functional.jacobian
+    ways = ({}, {"vectorize": True}, {"vectorize": True, "strategy": "forward-mode"})
+    expected, *jacobians = (jacobian(of_query, inputs[0], **way) for way in ways)
+    for found in jacobians:
+        torch.testing.assert_close(found, expected)
 
 
 def test_per_example_gradients_of_what_a_score_mod_captures():
@@ -149,6 +154,87 @@ def test_torch_func_inside_of_a_score_mod():
     each = func.vmap(lambda s: (slope * s).sin())
     ours = gradients(lambda s, b, h, i, j: each(s))
     torch.testing.assert_close(ours, gradients(lambda s, b, h, i, j: (slope * s).sin()))
+
+
+class Sloped(torch.nn.Module):
+    """Attention with a learnt slope for each head, which its functions take from the module."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.asarray([1.0, 2.0], dtype=torch.float64))
+        self.register_buffer("reach", torch.asarray(3))
+        self.kept = kept
+
+    def forward(self, q, k, v):
+        slope, reach = self.slope, self.reach
+        if self.kept:
+            own = {
+                "score_mod": lambda s, b, h, i, j: s * slope[h],
+                "mask": lambda b, h, i, j: j - i < reach,
+            }
+        else:
+            own = {
+                "score_mod": lambda s, b, h, i, j: s * self.slope[h],
+                "mask": lambda b, h, i, j: j - i < self.reach,
+            }
+        return call(q, k, v, **own)[0]
+
+
+@pytest.mark.parametrize("name", ["slope", "reach"])
+def test_functional_call(name):
+    """Afterwards a module has its own tensors again, which are not those of the call."""
+    inputs = tensors(*SHAPES)
+    given = {
+        "slope": torch.asarray([-1.0, 0.5], dtype=torch.float64).requires_grad_(),
+        "reach": torch.asarray(2),
+    }
+    given = {name: given[name]}
+    module = Sloped(kept=True)
+    out = func.functional_call(module, given, tuple(inputs))
+    leaves = [*inputs, *(x for x in given.values() if x.requires_grad)]
+    found = torch.autograd.grad(out.sin().sum(), leaves)
+    module.load_state_dict(module.state_dict() | given)
+    leaves = [*inputs, *([module.slope] if name == "slope" else [])]
+    expected = torch.autograd.grad(module(*inputs).sin().sum(), leaves)
+    torch.testing.assert_close(found, expected)
+    out = func.functional_call(Sloped(kept=False), given, tuple(inputs))
+    with pytest.raises(RuntimeError, match="takes a tensor that it did not take"):
+        out.sum().backward()
+
+
+def test_what_functions_keep_between_calls():
+    """Tables that a function makes for each shape, and gradients beside them."""
+    inputs = tensors(*SHAPES)
+    tables = {}
+
+    def score_mod(s, b, h, i, j):
+        if s.shape not in tables:
+            tables[s.shape] = torch.arange(s.shape[-1], dtype=s.dtype)
+        return s * (1 + tables[s.shape])
+
+    def same(s, b, h, i, j):
+        return s * (1 + torch.arange(s.shape[-1], dtype=s.dtype))
+
+    found, expected = (
+        torch.autograd.grad(call(*inputs, score_mod=mod)[0].sin().sum(), inputs)
+        for mod in (score_mod, same)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_tensors_of_some_tiles_alone():
+    """They are seen too late to be differentiated by; without gradients all is well."""
+    inputs = [x.detach() for x in tensors(*SHAPES)]
+    slope = torch.asarray(0.7, dtype=torch.float64)
+
+    def score_mod(s, b, h, i, j):
+        return s * slope if s.shape[-1] > 1 else s
+
+    expected = call(*inputs, score_mod=lambda s, b, h, i, j: s * slope)[0]
+    torch.testing.assert_close(call(*inputs, score_mod=score_mod)[0], expected)
+    slope.requires_grad_()
+    with pytest.raises(RuntimeError, match="takes a tensor that it did not take"):
+        call(*inputs, score_mod=score_mod)
 
 
 def test_gradients_of_captured_complex_tensors_are_refused():

@@ -142,6 +142,62 @@ def test_graph_holds_one_operator(tokens):
     assert [sum("attention" in target for target in graph) for graph in graphs] == [1]
 
 
+@pytest.mark.parametrize("name", ["scaled_dot_product_attention", "dot_product_attention"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_lengths_of_drop_ins_are_symbols(name, masked):
+    drop_in, graphs = getattr(interop, name), []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def call(x, mask):
+        if name == "scaled_dot_product_attention":
+            return drop_in(x, x, x, attn_mask=mask)
+        return drop_in(x, x, x, mask=None if mask is None else mask[None, None])
+
+    compiled = torch.compile(call, fullgraph=True, backend=keep)
+    counts = []
+    for n in range(8, 24, 2):
+        x = torch.randn(2, 4, n, 8) if name.startswith("scaled") else torch.randn(2, n, 4, 8)
+        mask = torch.rand(n, n) < 0.7 if masked else None
+        torch.testing.assert_close(compiled(x, mask), call(x, mask))
+        counts.append(len(graphs))
+    assert counts[3] == counts[-1] <= 4
+
+
+def test_one_compilation_for_all_widths(tokens):
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def call(q, k, v, width):
+        return attention(q, k, v, mask=masks.Window(width, 0), query_offset=0)
+
+    compiled = torch.compile(call, fullgraph=True, backend=keep)
+    for width in range(2, 12):
+        torch.testing.assert_close(compiled(*tokens, width), call(*tokens, width))
+    assert len(graphs) < 4
+
+
+@pytest.mark.parametrize("n", [9, 300])
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_results_lie_in_order(n, key_heads):
+    """In layout "nhd" heads can be put together by a view, compiled or not."""
+    query, key = torch.randn(2, n, 4, 8), torch.randn(2, n, key_heads, 8)
+
+    def call(query, key):
+        return attention(query, key, key, layout="nhd")
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for mask in ({}, {"causal": True}):
+        out = attention(query, key, key, layout="nhd", **mask)
+        assert out.is_contiguous()
+    torch.testing.assert_close(compiled(query, key).view(2, n, 32), call(query, key).view(2, n, 32))
+
+
 def test_lengths_are_symbols(tokens):
     """One compilation serves all lengths, and the offset that follows from them."""
 
