@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import _bits, generic, torch_native
+from . import _bits, generic, torch_lifted, torch_native
 from ._functions import of_floating
 from ._sizes import OF_CPU, OF_GPU, Footprint, TileSizes
 from .generic import LOG2_E, NO_COMPLEX, SMALL, Array
 from .torch_autograd import Call, Operation, Recorded, computed, is_captured, is_fake, tensors_in
-from .torch_lifted import Lifted, captured_by
 
 
 def _is_watched(tensors: list[Array]) -> bool:
@@ -264,8 +263,7 @@ class Adapter(generic.Adapter):
         def is_derived(captured: tuple[Array, ...]) -> bool:
             return _is_watched([*arrays, *captured])
 
-        captured = captured_by(function, args, is_derived)
-        return Lifted(function, captured, is_derived(captured)), captured
+        return torch_lifted.lift(function, args, is_derived)
 
     def pushforward(
         self, function: Any, primals: tuple[Array, ...], tangents: tuple[Array, ...]

@@ -15,33 +15,49 @@ from .torch_autograd import tensors_in
 functorch = torch._C._functorch
 
 
-def captured_by(
+def lift(
     function: Callable[..., Any],
     args: tuple[Array, ...],
     is_derived: Callable[[tuple[Array, ...]], bool],
-) -> tuple[Array, ...]:
-    """Return the tensors that a function takes from elsewhere, found by calls that are watched.
+) -> tuple[Lifted, tuple[Array, ...]]:
+    """Return a lifted function, and the tensors to pass to it, found by calls that are watched.
 
     Refused is what would get no gradient, since it is out of sight.  `is_derived` says whether
-    derivatives of a call that captures these tensors may be asked for.
+    derivatives of a call that captures some tensors may be asked for.
     """
-    records = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    transformed = torch._C._are_functorch_transforms_active()
+    records = torch.is_grad_enabled() and not transformed
     with torch.set_grad_enabled(records), Watch(Known(args)) as watch:
         found = function(*args)
     captured = held = tuple(watch.captured)
+    refuses = _requires_grad if records or transformed else _none
     if is_derived(captured):
-        with Watch(Known(args)) as again:  # what is new then the function made, and keeps
+        with Watch(Known(args)) as again:
             function(*args)
         seen, seen_again = Known(captured), Known(again.captured)
-        held = tuple(x for x in captured if x.grad_fn is None or x in seen_again)
-        captured += tuple(x for x in again.captured if x not in seen)
+        held = tuple(x for x in captured if x in seen_again)
+        # Results of TorchScript are seen at each call anew: then it cannot be told what is new.
+        refuses = _any if len(held) == len(captured) else _none
+        captured += tuple(x for x in again.captured if x not in seen)  # made before, and kept
     if _depends_on_more(found, held):
         raise TypeError(
             "score_mod must not hold tensors that require gradients inside of TorchScript or of a "
             "custom autograd.Function, where they are not found: pass plain PyTorch code, or call "
             "attention within torch.no_grad()"
         )
-    return captured
+    return Lifted(function, captured, refuses), captured
+
+
+def _any(x: Array) -> bool:
+    return True
+
+
+def _none(x: Array) -> bool:
+    return False
+
+
+def _requires_grad(x: Array) -> bool:
+    return bool(x.requires_grad)
 
 
 class Known:
@@ -156,25 +172,24 @@ class Exchange(Watch):
 class Lifted:
     """A function with the tensors it captures as its first argument.
 
-    With `derived` derivatives of the call are asked for.
+    `refuses` says of a tensor that it has not captured whether it must not come.
     """
 
     def __init__(
-        self, function: Callable[..., Array], captured: tuple[Array, ...], derived: bool
+        self,
+        function: Callable[..., Array],
+        captured: tuple[Array, ...],
+        refuses: Callable[[Array], bool],
     ) -> None:
-        self.function, self.captured, self.derived = function, captured, derived
-        self.records = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        self.function, self.captured, self.refuses = function, captured, refuses
         self.known = Known(captured)
 
     def __call__(self, captured: tuple[Array, ...], *args: Array) -> Array:
         """Call the function with `captured` in the place of what it holds."""
-        if not (self.captured or self.records):
+        if not self.captured and self.refuses is _none:
             return self.function(*args)
         self.known.add((*captured, *args))
-        with Exchange(self.known, self.captured, captured, self._refuses):
+        with Exchange(self.known, self.captured, captured, self.refuses):
             found = self.function(*args)
         self.known.forget()
         return found
-
-    def _refuses(self, x: Array) -> bool:
-        return self.derived or (self.records and x.requires_grad)

@@ -222,6 +222,38 @@ def test_what_functions_keep_between_calls():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_functions_out_of_sight():
+    """TorchScript, whose results come from nowhere, and a custom autograd.Function."""
+
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(s):
+            return s * 1
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, bar):
+            return bar / 2
+
+    @torch.jit.script
+    def doubled(s: torch.Tensor):
+        return 2 * s
+
+    inputs = tensors(*SHAPES)
+    plain = torch.autograd.grad(call(*inputs)[0].sum(), inputs[:2])
+    for function, factor, slope in ((Halved.apply, 1, 0.5), (doubled, 2, 2)):
+        found = torch.autograd.grad(
+            call(*inputs, score_mod=lambda s, *_, f=function, x=factor: f(s) / x + 0)[0].sum(),
+            inputs[:2],
+        )
+        for one, other in zip(found, plain, strict=True):
+            torch.testing.assert_close(one, other * slope / factor)
+
+
 def test_tensors_of_some_tiles_alone():
     """They are seen too late to be differentiated by; without gradients all is well."""
     inputs = [x.detach() for x in tensors(*SHAPES)]
@@ -235,6 +267,8 @@ def test_tensors_of_some_tiles_alone():
     slope.requires_grad_()
     with pytest.raises(RuntimeError, match="takes a tensor that it did not take"):
         call(*inputs, score_mod=score_mod)
+    with torch.no_grad():
+        torch.testing.assert_close(call(*inputs, score_mod=score_mod)[0], expected)
 
 
 def test_gradients_of_captured_complex_tensors_are_refused():
