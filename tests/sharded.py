@@ -193,6 +193,19 @@ def refusal():
     return "nothing"
 
 
+def eagerly():
+    """Return the error of eager gradients on explicit axes, of an array that is all three."""
+    mesh = jax.make_mesh((2,), ("b",), axis_types=(EXPLICIT,))
+
+    def loss(x):
+        return jnp.sin(call(x, x, x)).sum()
+
+    expected = jax.grad(loss)(QUERY)
+    with jax.set_mesh(mesh):
+        found = jax.grad(loss)(jax.device_put(QUERY, NamedSharding(mesh, P("b"))))
+    return largest_difference(found, expected)
+
+
 def elsewhere():
     """Return the error where a function captures what is on other devices than the tokens."""
     here, there = jax.devices()[:2]
@@ -210,7 +223,7 @@ def main():
         except Exception:
             found = {"failed": traceback.format_exc()}
         print(json.dumps({name: found}), flush=True)
-    print(json.dumps({"refused": refusal(), "elsewhere": elsewhere()}))
+    print(json.dumps({"refused": refusal(), "elsewhere": elsewhere(), "eagerly": eagerly()}))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def found():
     found = {}
     for line in done.stdout.splitlines():
         found |= json.loads(line)
-    assert list(found) == [*CASES, "refused", "elsewhere"]
+    assert list(found) == [*CASES, "refused", "elsewhere", "eagerly"]
     return found
 
 
@@ -50,3 +50,7 @@ def test_captured_on_explicit_axes(found):
 
 def test_captured_on_another_device(found):
     assert found["elsewhere"] < 1e-12
+
+
+def test_eager_gradients_on_explicit_axes(found):
+    assert found["eagerly"] < 1e-12
