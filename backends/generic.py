@@ -75,7 +75,10 @@ class Adapter:
         return {name: getattr(self, name) for name in FLOATS if hasattr(self.namespace, name)}
 
     def is_floating(self, dtype: Any) -> bool:
-        """Whether `dtype` is one of real floating numbers, whether attention takes it or not."""
+        """Whether `dtype` is one of real floating numbers; the standard has no others than these.
+
+        Where a library has more, they count, though attention takes no arrays of them.
+        """
         return dtype in self.floats.values()
 
     def is_integer(self, dtype: Any) -> bool:

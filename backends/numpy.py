@@ -26,6 +26,10 @@ class InPlace(generic.Adapter):
         """Return what ufuncs that take ``out`` leave to hold."""
         return Footprint(weights=0, hashes=3)
 
+    def is_floating(self, dtype: Any) -> bool:
+        """Whether `dtype` is floating, `longdouble` included."""
+        return dtype.kind == "f" or super().is_floating(dtype)
+
     def device(self, x: Array) -> Any:
         """Where `x` lives."""
         return x.device

@@ -249,6 +249,8 @@ def test_scores_are_real(name, rng):
     with pytest.raises(TypeError, match="the result of score_mod must be of real numbers; got"):
         attention(q, q, q, score_mod=lambda s, b, h, i, j: s * 1j)
     if name == "numpy":
+        longer = attention(q, q, q, score_mod=lambda s, b, h, i, j: s.astype(np.longdouble))
+        np.testing.assert_array_equal(longer, attention(q, q, q, score_mod=lambda s, *_: s))
         with pytest.raises(TypeError, match="the result of score_mod is a numpy"):
             attention(q, q, q, score_mod=lambda s, b, h, i, j: np.ma.masked_array(s, s > 0))
 
