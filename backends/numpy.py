@@ -123,7 +123,7 @@ class Adapter(InPlace):
         small takes less time than to find them.
         """
         lowest = s.min()
-        if top.max() <= SMALL and s.max() <= SMALL and lowest >= -SMALL:
+        if lowest >= -SMALL and top.max() <= SMALL and s.max() <= SMALL:
             top = np.zeros_like(top) if top.any() else top
         else:
             largest = s.max(axis=-1, keepdims=True)

@@ -101,6 +101,16 @@ class Spec(Shapes):
         return self.blocks * -(-self.n_q // self.schedule.query_chunk)
 
     @property
+    def one_tile(self) -> bool:
+        """Whether a chunk of queries has all keys in one tile, which no mask spares.
+
+        A mask may spare it where there are several chunks.
+        """
+        chunks = self.schedule
+        alone = 0 < self.n_k <= chunks.key_chunk
+        return alone and (not self.masks or self.n_q <= chunks.query_chunk)
+
+    @property
     def whole(self) -> tuple[Cut, ...]:
         """The cuts of all batch entries and key heads."""
         return tuple((0, n) for n in self.lead)

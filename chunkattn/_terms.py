@@ -129,8 +129,7 @@ class Counted:
     @property
     def adds_up(self) -> bool:
         """Whether summaries of several tiles are added up, or what masks and sinks leave of one."""
-        several = self.spec.schedule.key_chunk < self.spec.n_k
-        return several or bool(self.masks) or self.has_sinks
+        return not self.spec.one_tile or self.has_sinks
 
     @property
     def is_result(self) -> bool:

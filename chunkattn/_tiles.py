@@ -173,11 +173,11 @@ class Rows(Span):
         return self.xp.new(self.query, (), top, compute)
 
     def only_tile(self) -> Tile | None:
-        """Return the tile of these queries if there is one, seen whole, and nothing beside it."""
-        spec = self.problem.spec
-        if self.problem.masks or self.problem.sinks is not None:
+        """Return the tile of these queries if there is but one, and no sinks beside it."""
+        problem, spec = self.problem, self.problem.spec
+        if not spec.one_tile or problem.sinks is not None:
             return None
-        return Tile(self, 0, spec.n_k, False) if 0 < spec.n_k <= spec.schedule.key_chunk else None
+        return Tile(self, 0, spec.n_k, bool(problem.masks))
 
     def grouped(self, x: Array) -> Array:
         """Stack the rows of the query heads that share a key head: one product serves them."""
