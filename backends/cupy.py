@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import cupy as cp
@@ -38,20 +39,25 @@ class Adapter(InPlace):
         found = super().footprint(like)
         return found._replace(buffers=3_072, positions=0, objects=0, ordered=1)
 
+    def on_device_of(self, x: Array) -> AbstractContextManager[Any]:
+        """Make that device the current one, on which CuPy computes."""
+        device: AbstractContextManager[Any] = x.device
+        return device
+
     def exp_difference(self, x: Array, y: Array) -> Array:
         """Overwrite `x` with ``exp(x - y)``, in one pass over memory."""
         return self._exp_difference(x, y, x)
 
     def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
         """Call the algorithm on the device that holds the arrays."""
-        with next(x.device for x in _arrays(arrays)):
+        with self.on_device_of(next(_arrays(arrays))):
             return tuple(algorithm(self, spec, arrays))
 
     def differentiable(
         self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
     ) -> dict[str, Array]:
         """Call the operation on the device that holds the arrays."""
-        with next(x.device for x in _arrays(inputs)):
+        with self.on_device_of(next(_arrays(inputs))):
             return super().differentiable(operation, spec, data, inputs)
 
 

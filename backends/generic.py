@@ -13,6 +13,7 @@ and the same arithmetic serves both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import e, log2
 from typing import Any
 
@@ -100,6 +101,10 @@ class Adapter:
     def device(self, x: Array) -> Any:
         """Where `x` lives; None where that cannot be told."""
         return array_api_compat.device(x)
+
+    def on_device_of(self, x: Array) -> AbstractContextManager[Any]:
+        """Return a context in which arrays are computed on the device of `x`."""
+        return nullcontext()
 
     def setting(self, like: Array) -> Any:
         """Return what a call depends on beside shapes, dtypes and keywords: the device, modes.
@@ -384,20 +389,32 @@ class Adapter:
         of shape (b, h, n_q, n_k) or 1 in their place.  A kernel is hashable, has its name as
         `repr`, and has
 
+        ``has_lse``
+            whether it gives `lse` in the compute dtype
         ``needs_lse``
             whether `backward` takes `lse`
+        ``trains``
+            whether it has a `backward` for the call
         ``exact``
             whether `forward` gives `out` in the compute dtype where "exact" is among the names
         ``forward(call, names)``
             returns ``(out, lse)``, lse of shape (b, h, n_q), or None where not among the names
         ``backward(call, out, lse, d_out)``
             returns the gradients of query, key and value; `lse` is None unless ``needs_lse``
+        ``coarse(lse)``
+            with ``needs_lse``: whether gradients from it would be, for `when`
+        ``doubtful(lse)``
+            with ``has_lse``: whether some of it may be wrong, for `when`
         ``scratch(rows, keys, number, training)``
             returns what it takes for itself, for `plan`; not needed with `compiled_bytes`
         ``reorders(added, folded)``
             with `adds`: whether it copies what is added, likewise
         """
         raise NotImplementedError
+
+    def where_kernel(self, kernel: Callable[[], Array], tiles: Callable[[], Array]) -> Array:
+        """Return ``kernel()``, or ``tiles()`` where a program runs that has no such kernel."""
+        return kernel()
 
     # Calls of algorithms.
 

@@ -324,6 +324,10 @@ class Adapter(generic.Adapter):
             return None, False, "JAX's kernel is given no bias, and no mask other than Causal"
         return jax_native.choose(call)
 
+    def where_kernel(self, kernel: Callable[[], Array], tiles: Callable[[], Array]) -> Array:
+        """Leave it to the compilation: a tracer does not tell where it will be."""
+        return lax.platform_dependent(default=tiles, **{jax_native.LOWERED: kernel})
+
     def differentiable(
         self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]
     ) -> dict[str, Array]:

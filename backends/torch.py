@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from itertools import pairwise
 from math import isfinite
 from typing import Any
 
@@ -49,6 +50,12 @@ def _flat(x: Array, lead: torch.Size) -> Array:
     if x.shape[:-2] != lead:
         x = x.expand(*lead, *x.shape[-2:])
     return x if x.ndim == 3 else x.flatten(0, -3)
+
+
+def _merge(lengths: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether axes of these lengths are one axis in memory."""
+    axes = [axis for axis in zip(lengths, strides, strict=False) if axis[0] != 1]
+    return all(one[1] == two[0] * two[1] for one, two in pairwise(axes))
 
 
 class Adapter(generic.Adapter):
@@ -295,8 +302,11 @@ class Adapter(generic.Adapter):
     def no_kernel(self, inputs: dict[str, Array]) -> str | None:
         """Look at how they lie in memory; where they are does not matter."""
         for name in ("query", "key", "value"):
-            if inputs[name].stride(-1) != 1:
+            x = inputs[name]
+            if x.stride(-1) != 1:
                 return "the kernels want contiguous rows"
+            if x.ndim > 4 and not _merge(x.shape[:-3], x.stride()):
+                return "the kernels want one batch axis, which would be a copy"
         return None
 
     def kernel(self, call: Any, adds: bool) -> tuple[Any, bool, str]:

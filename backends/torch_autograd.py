@@ -163,8 +163,8 @@ class Operation(torch.autograd.Function):  # type: ignore[misc]
         """Call the rule for gradients."""
         call, at = ctx.call, _point(ctx)
         operation = call.operation
-        needed = zip(call.names, ctx.needs_input_grad[1:], strict=False)
-        wanted = tuple(name for name, needs in needed if needs)
+        needed = zip(call.names, ctx.needs_input_grad[1:], ctx.next_functions, strict=False)
+        wanted = tuple(name for name, needs, (node, _) in needed if needs and _is_asked(node))
 
         def rule(*cotangents: Array | None) -> tuple[Array | None, ...]:
             bars = {
@@ -230,6 +230,17 @@ class Recorded(Operation):
     setup_context = torch.autograd.Function.setup_context  # as if it were not there
 
 
+def _is_asked(node: Any) -> bool:
+    """Whether a gradient goes on to a node: not in a backward pass that asks for others alone."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # it cannot be told of a leaf for which `autograd.grad` asks
+        return True
+
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
 def _one_by_one(
     rule: Callable[..., tuple[Array | None, ...]], arrays: tuple[Array | None, ...]
 ) -> tuple[Array | None, ...]:
@@ -237,10 +248,10 @@ def _one_by_one(
 
     PyTorch hands over tensors then that are not torch.vmap's, and that nothing can be written into.
     """
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    if level == 0:
+    if not any(x is not None and _is_batched(x) for x in arrays):
         return rule(*arrays)
+    level = max(1, torch._C._vmapmode_increment_nesting() - 1)  # unknown in a GPU's own thread
+    torch._C._vmapmode_decrement_nesting()
 
     def entries(x: Array | None, size: int) -> Array | None:
         return None if x is None else torch._remove_batch_dim(x, level, size, 0)

@@ -7,6 +7,7 @@ be saved and read in another process.  Its gradients are a second operator.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,7 +142,9 @@ def register(
             for name in wanted.split()
         ]
 
-    define = torch.library.custom_op
+    # What looks at numbers cannot be captured for a CUDA graph.
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # since PyTorch 2.9
+    define = partial(torch.library.custom_op, **({} if unsafe is None else {"tags": (unsafe,)}))
     operator = define(
         f"{namespace}::attention",
         attend,

@@ -8,6 +8,7 @@ as that takes less time).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -25,7 +26,9 @@ Shape = tuple[int, int, int, int]
 Place = tuple[slice, slice]  # of batch entries and heads
 Scratch = list[tuple[str, str, int]]
 
+FAST = "as fast as PyTorch's attention is"
 COPIES = 2**24  # bytes of copies in float32 at a time
+LOSES_NAN = 16  # keys, below which the kernel for CPUs gives 0 to a query with a NaN
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,23 @@ class Kernel:
     attend: Callable[[Any, bool], tuple[Array, Array]]  # out, and lse where that is wanted
     backward: Callable[[Any, Array, Array, Array], tuple[Array, Array, Array]]
 
+    has_lse: ClassVar = True
     needs_lse: ClassVar = True
+    trains: ClassVar = True
     exact: ClassVar = False
 
     def forward(self, call: Any, names: tuple[str, ...]) -> tuple[Array, Array | None]:
         """Return ``(out, lse)``, None for an `lse` that is not among the wanted `names`."""
         out, lse = self.attend(call, "lse" in names)
         return out, lse if "lse" in names else None
+
+    def doubtful(self, lse: Array) -> Array:
+        """Return whether a row may have NaN, or no score but -inf: some kernels say 0 or inf."""
+        return (lse == 0).any() if self.attend is _cpu else ~lse.isfinite().all()
+
+    def coarse(self, lse: Array) -> bool:
+        """Return whether weights computed from `lse` would be; on a GPU nobody looks."""
+        return self.attend is _cpu and _is_large(lse)
 
     def scratch(self, rows: Shape, keys: Shape, number: int, training: bool) -> Scratch:
         """Return what the kernel takes for itself: names, formulas and bytes.
@@ -69,7 +82,7 @@ class InFloat32:
     On the arrays themselves it would round the weights to their dtype.
     """
 
-    needs_lse = exact = True
+    has_lse = needs_lse = trains = exact = True
 
     def forward(self, call: Any, names: tuple[str, ...]) -> tuple[Array, Array | None]:
         """Return ``(out, lse)``, with `out` in float32 where "exact" is among the `names`."""
@@ -91,6 +104,14 @@ class InFloat32:
             )
         return query, key, value
 
+    def doubtful(self, lse: Array) -> Array:
+        """As that of `Kernel` for CPUs."""
+        return (lse == 0).any()
+
+    def coarse(self, lse: Array) -> bool:
+        """As that of `Kernel` for CPUs."""
+        return _is_large(lse)
+
     def scratch(self, rows: Shape, keys: Shape, number: int, training: bool) -> Scratch:
         """Return what is taken beside results, as `Kernel.scratch` does."""
         (entry, heads), (_, key_heads) = next(_parts(rows, keys, training))
@@ -107,6 +128,12 @@ class InFloat32:
 
     def __repr__(self) -> str:
         return "flash attention for CPU, in float32"
+
+
+def _is_large(lse: Array) -> bool:
+    """Whether the rounding of `lse`, which is relative, leaves weights less than four digits."""
+    low, high = map(float, lse.aminmax())
+    return max(-low, high) > 1e-4 / float(torch.finfo(lse.dtype).eps)
 
 
 def _scratch_on_cpu(rows: Shape, keys: Shape, number: int, training: bool) -> Scratch:
@@ -177,18 +204,43 @@ def choose(call: Any, adds: bool) -> tuple[Kernel | InFloat32 | None, bool, str]
     if is_shape(query):
         return _ANY, True, "nothing is computed"
     grouped = query.shape[1] != key.shape[1]
-    number = torch._fused_sdp_choice(
-        query, key, value, None, 0.0, causal, scale=scale, enable_gqa=grouped
-    )
-    found = _KERNELS.get((device, number))
+    found = _KERNELS.get((device, _choice(query, key, value, causal, scale, grouped)))
     if found is None:
         return None, False, "PyTorch has only its textbook attention for it"
-    if device == "cpu" and query.dtype not in (torch.float32, torch.float64) and not adds:
+    if found.attend is _efficient and grouped:
+        return None, False, "memory-efficient attention does not group heads"
+    if device == "cpu" and not adds:
+        return _of_cpu(found, query, key)
+    return found, True, FAST
+
+
+def _of_cpu(found: Kernel, query: Array, key: Array) -> tuple[Kernel | InFloat32, bool, str]:
+    """Return the kernel for a call without masks on a CPU, whether it beats tiles, and why."""
+    kernel: Kernel | InFloat32 = found
+    why = FAST
+    if query.dtype not in (torch.float32, torch.float64):
+        kernel, why = _IN_FLOAT32, "faster than tiles, and PyTorch's own rounds the weights"
         of_head, _ = _copies(query.shape, key.shape, training=False)
         if of_head > COPIES:
-            return _IN_FLOAT32, False, "a head's copies in float32 would be large"
-        return _IN_FLOAT32, True, "faster than tiles, and PyTorch's own rounds the weights"
-    return found, True, "as fast as PyTorch's attention is"
+            return kernel, False, "a head's copies in float32 would be large"
+    return kernel, True, why
+
+
+def _choice(
+    query: Array, key: Array, value: Array, causal: bool, scale: float, grouped: bool
+) -> int | None:
+    """Return PyTorch's number for a kernel, which covers gradients too; None for none."""
+    wide = query.is_cuda and query.shape[-1] > 128  # some of these have no gradients
+    if wide:
+        query = query.detach().requires_grad_()
+    try:
+        with torch.enable_grad() if wide else nullcontext():
+            number: int = torch._fused_sdp_choice(
+                query, key, value, None, 0.0, causal, scale=scale, enable_gqa=grouped
+            )
+    except RuntimeError:  # `torch.nn.attention.sdpa_kernel` allows none
+        return None
+    return number
 
 
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -202,8 +254,11 @@ def _bare(x: Array) -> Array:
 
 
 def _cpu(call: Any, want_lse: bool) -> tuple[Array, Array]:
+    added = call.added
+    if added is None and call.key.shape[-2] < LOSES_NAN:  # not where something is added
+        added = call.query.new_zeros((1, 1, 1, 1))
     found: tuple[Array, Array] = torch._scaled_dot_product_flash_attention_for_cpu(
-        call.query, call.key, call.value, 0.0, call.causal, attn_mask=call.added, scale=call.scale
+        call.query, call.key, call.value, 0.0, call.causal, attn_mask=added, scale=call.scale
     )
     return found
 

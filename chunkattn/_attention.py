@@ -68,7 +68,7 @@ def attention(
         reads key head ``t // (h // h_k)`` (GQA, MQA).  Batch axes broadcast.
     value : array of shape (…, h_k, n_k, d_v), or (n_k, d_v)
         Values; `d_v` may differ from `d`.
-    scale : float or floating array without axes, optional
+    scale : float or array without axes, optional
         Factor of the products; default ``1 / sqrt(d)``.
     causal : bool, default False
         Whether a query sees only keys at its own position and before; the same as
@@ -88,9 +88,10 @@ def attention(
         tile, on JAX once per shape of a tile, which is traced; and again for derivatives, where
         values are not finite, and on PyTorch and JAX to find out which arrays it captures: until
         the gradients are there it must compute the same.  `score` is the tile of shape (…, h,
-        queries, keys), the others are integer arrays that broadcast against it: the row-major
-        number of the batch entry, the query head, and the positions, which are not to be written
-        to.  Derivatives on a library that cannot differentiate a function need a `ScoreMod`.
+        queries, keys), to which the result may also broadcast; the others are integer arrays that
+        broadcast against it: the row-major number of the batch entry, the query head, and the
+        positions, which are not to be written to.  Derivatives on a library that cannot
+        differentiate a function need a `ScoreMod`.
     sinks : array of shape (h,), optional
         For each query head the score of a key without a value, which takes its part of the weight;
         any floating dtype.

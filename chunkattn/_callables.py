@@ -96,13 +96,20 @@ class Modified:
     def __call__(self, s: Array, *captured: Array) -> Array:
         """Return the modified scores, in the dtype of `s`."""
         after = self.mod.function(captured, s, *self.place)
-        if not hasattr(after, "dtype") or tuple(after.shape) != tuple(s.shape):
+        shape = tuple(getattr(after, "shape", (None,)))
+        if broadcast([shape, tuple(s.shape)]) != tuple(s.shape):
             got = getattr(after, "shape", type(after).__name__)
-            raise ValueError(f"score_mod must return an array of shape {tuple(s.shape)}; got {got}")
+            raise ValueError(
+                f"score_mod must return an array that broadcasts to {tuple(s.shape)}; got {got}"
+            )
         _check_numbers(self.xp, after, "the result of score_mod")
+        if after is s:
+            return s
+        if shape != tuple(s.shape):
+            after = self.xp.broadcast_to(after, s.shape)
         # A copy, since what follows is done in place, and the function may have returned an array
         # of its own.
-        return s if after is s else self.xp.astype(after, s.dtype)
+        return self.xp.astype(after, s.dtype)
 
     def derivative(self, s: Array) -> Array:
         """Return the derivative that the caller gave, at `s`."""

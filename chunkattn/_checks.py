@@ -8,7 +8,7 @@ from typing import Any
 
 from ._adapters import is_array
 from ._dropout import seed_words
-from ._shapes import broadcast
+from ._shapes import broadcast, is_float
 
 Array = Any
 
@@ -50,12 +50,14 @@ def scale_of(xp: Any, scale: Any, d: int, compute: Any) -> Any:
     if scale is None:
         return 1.0 / math.sqrt(d) if d else 1.0
     if is_array(scale):
-        if tuple(scale.shape) != () or not any(scale.dtype == t for t in xp.floats.values()):
+        is_integer = xp.is_integer(scale.dtype)
+        if tuple(scale.shape) != () or not (is_integer or is_float(xp, scale)):
             raise TypeError(
-                "scale must be a number or a floating array without axes; "
+                "scale must be a number or an array of one, without axes; "
                 f"got {scale.dtype} of shape {tuple(scale.shape)}"
             )
-        return scale
+        with xp.on_device_of(scale):
+            return xp.astype(scale, compute) if is_integer else scale
     return _number("scale", scale, xp.finfo(compute).max)
 
 
@@ -89,6 +91,12 @@ def seed_of(xp: Any, seed: Any) -> Any:
     seed = index("dropout_seed", seed, xp)
     if not hasattr(seed, "shape"):
         return seed_words(seed)
+    with xp.on_device_of(seed):
+        return _words(xp, seed)
+
+
+def _words(xp: Any, seed: Array) -> tuple[Any, Any]:
+    """Return an array without axes as two 32-bit words, of which the low one comes first."""
     if any(seed.dtype == getattr(xp, name, None) for name in ("int64", "uint64")):
         seed = xp.astype(seed, xp.int64)  # PyTorch shifts no uint64
         return xp.astype(seed, xp.int32), xp.astype(seed >> 32, xp.int32)

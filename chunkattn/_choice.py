@@ -89,6 +89,8 @@ def operation(
     kernel, better, parts, why = _kernel(request, bias_gradient)
     if kernel is not None and reports:
         kernel, why = None, "no kernel reports progress"
+    if kernel is not None and return_lse and not kernel.has_lse:
+        kernel, why = None, "the kernel's lse is rounded to the dtype of query"
     exact = kernel is not None and kernel.exact
     if parts is not None:
         exact = request.spec.dtype != request.spec.compute

@@ -198,7 +198,8 @@ def _like(name: str, x: Any, primal: Array, xp: Any, exact: bool = False) -> Arr
     if primal is None:
         raise ValueError(f"{name} is given without {name.removeprefix('d_')}")
     if x is None:
-        return xp.zeros_like(primal)
+        with xp.on_device_of(primal):
+            return xp.zeros_like(primal)
     if not is_array(x):
         raise TypeError(f"{name} must be an array; got {x!r:.80}")
     common_adapter([(name.removeprefix("d_"), primal), (name, x)])

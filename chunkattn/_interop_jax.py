@@ -178,4 +178,4 @@ def _window(size: Any) -> Window:
         raise TypeError(f"local_window_size must be an int or two (left, right); got {size!r}")
     if min(pair) < 0:
         raise ValueError(f"local_window_size must not be negative; got {size!r}")
-    return Window(*map(int, pair))
+    return Window(*(None if n >= 2**30 - 1 else int(n) for n in pair))  # no limit for positions

@@ -39,15 +39,17 @@ from ._spec import Spec
 Array = Any
 
 
-def _trusted(
-    xp: Any, spec: Spec, hides: bool, found: Arrays, tiles: Callable[[], Arrays]
-) -> Arrays:
-    """Return what a kernel found, or what the tiles do where a NaN came through its mask."""
-    if not hides:
+def _trusted(xp: Any, tests: list[Any], found: Arrays, tiles: Callable[[], Arrays]) -> Arrays:
+    """Return what a kernel found, or what the tiles do where a test holds."""
+    if not tests:
         return found
-    tests = (xp.nonfinite(x, spec.compute) for name, x in found.items() if name != "lse")
     trusted: Arrays = xp.when(reduce(or_, tests), tiles, lambda: found)
     return trusted
+
+
+def _leaks(xp: Any, spec: Spec, found: Arrays) -> list[Any]:
+    """Return tests of whether a NaN came through a kernel's mask."""
+    return [xp.nonfinite(x, spec.compute) for name, x in found.items() if name != "lse"]
 
 
 def _in_order(xp: Any, x: Array) -> Array:
@@ -90,20 +92,28 @@ class Native(Operation):
 
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
-        if self.parts is None:
-            found = self._whole(xp, spec, inputs)
-        else:
-            blind, arrays = self.return_lse, data | inputs
-            found = _parts.forward(xp, self.parts, self.kernel, arrays, self.outputs, blind=blind)
+        arrays = data | inputs
 
         def tiles() -> Arrays:
-            return chunked(xp, spec, data | inputs, self.outputs)
+            return chunked(xp, spec, arrays, self.outputs)
 
-        if spec.layout == "nhd" and spec.n_q > 1 and is_folded(spec, self.causal):
-            found |= {
-                name: _in_order(xp, found[name]) for name in ("out", "exact") if name in found
-            }
-        return _trusted(xp, spec, self.causal or self.parts is not None, found, tiles)
+        def kernel() -> Arrays:
+            if self.parts is None:
+                found = self._whole(xp, spec, inputs)
+            else:
+                blind = self.return_lse
+                found = _parts.forward(
+                    xp, self.parts, self.kernel, arrays, self.outputs, blind=blind
+                )
+            if spec.layout == "nhd" and spec.n_q > 1 and is_folded(spec, self.causal):
+                found |= {name: _in_order(xp, x) for name, x in found.items() if name != "lse"}
+            tests = _leaks(xp, spec, found) if self.causal or self.parts is not None else []
+            if self.return_lse:
+                tests.append(self.kernel.doubtful(found["lse"]))
+            return _trusted(xp, tests, found, tiles)
+
+        found: Arrays = xp.where_kernel(kernel, tiles)
+        return found
 
     def _whole(self, xp: Any, spec: Spec, inputs: Arrays) -> Arrays:
         """Return what the kernel finds for the call."""
@@ -129,10 +139,11 @@ class Native(Operation):
 
     def cotangent(self, at: Point, cotangents: Arrays, wanted: Names) -> Arrays:
         """Return the gradients by the kernel, or by tiles where `lse` or a bias takes part."""
-        if self.return_lse or not set(wanted) <= set(TOKENS):
+        if self.return_lse or not self.kernel.trains or not set(wanted) <= set(TOKENS):
             forward = Forward().with_residuals(at.spec)
             exact = at._replace(outputs=at.call(forward, at.inputs))
-            return forward.cotangent(exact, cotangents, wanted)
+            unused = {"lse": _zeros(exact.outputs)}
+            return forward.cotangent(exact, unused | cotangents, wanted)
         known = {name: at.outputs[name] for name in RESULTS if name in at.outputs}
         known["out"] = at.outputs.get("exact", at.outputs["out"])
         bars = as_cotangents({"out": cotangents["out"]})
@@ -154,17 +165,26 @@ class NativeBackward(Gradients):
     def __call__(self, xp: Any, spec: Spec, data: dict[str, Any], inputs: Arrays) -> Arrays:
         """Compute."""
         arrays = data | inputs
-        if self.parts is None:
-            found = self._whole(xp, spec, arrays)
-        else:
-            found = _parts.backward(xp, self.parts, self.kernel, arrays, self.wanted)
 
         def tiles() -> Arrays:
             exact = chunked(xp, spec, arrays, Forward().with_residuals(spec).outputs)
             more = results(exact) | {"d_lse": xp.zeros_like(exact["lse"])}
             return backward(xp, spec, arrays | more, self.wanted)
 
-        return _trusted(xp, spec, self.causal or self.parts is not None, found, tiles)
+        def kernel() -> Arrays:
+            if self.parts is None:
+                found = self._whole(xp, spec, arrays)
+            else:
+                found = _parts.backward(xp, self.parts, self.kernel, arrays, self.wanted)
+            hides = self.causal or self.parts is not None
+            return _trusted(xp, _leaks(xp, spec, found) if hides else [], found, tiles)
+
+        found: Arrays
+        if self.kernel.needs_lse:
+            found = xp.when(self.kernel.coarse(arrays["lse"]), tiles, kernel)
+        else:
+            found = xp.where_kernel(kernel, tiles)
+        return found
 
     def _whole(self, xp: Any, spec: Spec, arrays: dict[str, Any]) -> Arrays:
         """Return what the kernel finds for the call."""
@@ -193,5 +213,10 @@ class NativeBackward(Gradients):
 def _exactly(at: Point) -> Point:
     """Return where `Backward` gives the same gradients, from exact results."""
     exact = at.call(Forward().with_residuals(at.spec), primals(at.inputs))
-    d_lse = exact["lse"] - exact["lse"]
-    return at._replace(data=at.data | results(exact), inputs=at.inputs | {"d_lse": d_lse})
+    bars = {"d_lse": _zeros(exact)}
+    return at._replace(data=at.data | results(exact), inputs=at.inputs | bars)
+
+
+def _zeros(exact: Arrays) -> Array:
+    """Return the gradient of an `lse` that nothing depends on; "low" is finite."""
+    return exact["low"] - exact["low"]

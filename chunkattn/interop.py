@@ -171,7 +171,8 @@ def _pairs(tokens: dict[str, Array], enable_gqa: bool) -> tuple[int, ...]:
 def _heads_fit(tokens: dict[str, Array]) -> bool:
     """Whether `attention` reads the heads as PyTorch does: none, equal, or one key head."""
     heads, key_heads, value_heads = (tuple(x.shape[-3:-2]) for x in tokens.values())
-    return key_heads == value_heads and (key_heads == heads or (key_heads == (1,) and heads != ()))
+    shared = key_heads == (1,) and heads not in ((), (0,))
+    return key_heads == value_heads and (key_heads == heads or shared)
 
 
 def _dropout_seed(xp: Any, dropout_p: Any, query: Array) -> Any:

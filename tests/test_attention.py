@@ -173,6 +173,7 @@ def test_scale(lib, check, rng, implementation):
     for scale in (0.0, 0.3, -1.5, 2):
         check(q, k, v, scale=scale, implementation=implementation, key_chunk_size=8)
     check(q, k, v, scale=np.asarray(0.7), implementation=implementation, key_chunk_size=8)
+    check(q, k, v, scale=np.asarray(2), implementation=implementation, key_chunk_size=8)
 
 
 @pytest.mark.feature("softcap")

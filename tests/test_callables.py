@@ -225,13 +225,29 @@ def test_an_exception_of_a_callable_arrives_as_it_is(lib, rng):
         assert caught.value is error
 
 
+def test_a_score_mod_that_needs_not_all_axes(lib, rng):
+    """FlexAttention's are called for one pair, and may replace the score by a number."""
+    q, k, v = (lib.asarray(rng.standard_normal((2, n, 4))) for n in (6, 9, 9))
+    xp = array_namespace(q)
+    distance = np.arange(9.0)[None] - np.arange(6.0)[:, None]
+    functions = {
+        lambda s, b, h, i, j: xp.astype(j - i, s.dtype): distance,
+        lambda s, *place: xp.ones_like(s[..., :1]): np.ones((6, 9)),
+    }
+    for function, bias in functions.items():
+        found = attention(q, k, v, score_mod=function, query_chunk_size=4, key_chunk_size=4)
+        expected = attention(q, k, v, scale=0.0, bias=lib.asarray(bias))
+        bound = 1e-5 if lib.name != "numpy-bfloat16" else 0.05
+        np.testing.assert_allclose(*map(lib.numpy, (found, expected)), rtol=0, atol=bound)
+
+
 def test_refused(lib, rng):
     q = lib.asarray(rng.standard_normal((2, 8, 4)))
     with pytest.raises(TypeError, match="score_mod must be callable; got 3"):
         attention(q, q, q, score_mod=3)
-    with pytest.raises(ValueError, match="score_mod must return an array of shape"):
-        attention(q, q, q, score_mod=lambda s, b, h, i, j: s[..., :1])
-    with pytest.raises(ValueError, match="score_mod must return an array of shape"):
+    with pytest.raises(ValueError, match="score_mod must return an array that broadcasts"):
+        attention(q, q, q, score_mod=lambda s, b, h, i, j: s[..., :3])
+    with pytest.raises(ValueError, match="score_mod must return an array that broadcasts"):
         attention(q, q, q, score_mod=lambda s, b, h, i, j: 1.0)
     four = q[None, ...]
     with pytest.raises(ValueError, match="query must have four axes"):

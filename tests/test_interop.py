@@ -33,6 +33,7 @@ SDPA_CASES = {
     "float mask of -inf": ([Q, K, K], {"attn_mask": np.where(allowed(2, 1, 6, 9), 0.5, -np.inf)}),
     "scale 0": ([Q, K, K], {"scale": 0.0}),
     "no keys": ([Q, (2, 4, 0, 8), (2, 4, 0, 8)], {}),
+    "no query heads": ([(2, 0, 6, 8), (2, 1, 9, 8), (2, 1, 9, 8)], {}),
 }
 
 

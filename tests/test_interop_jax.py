@@ -36,6 +36,7 @@ DPA_CASES = {
         {"query_seq_lengths": np.int32([6, 4]), "key_value_seq_lengths": np.int32([7, 2])},
     ),
     "window": ([T, S, S], {"local_window_size": 1}),
+    "a window of everything": ([T, S, S], {"local_window_size": (2**31 - 1, 0)}),
     "window, lengths, causal": (
         [T, GROUPED, GROUPED],
         {

@@ -125,7 +125,7 @@ def test_numbers_of_any_kind(name, tokens):
     [
         ("softcap", 2.0, "softcap must be a number; got .*Tracer"),
         ("dropout", 0.5, "dropout must be a number; got .*Tracer"),
-        ("scale", 1, "scale must be a number or a floating array without axes; got int32"),
+        ("scale", True, "scale must be a number or an array of one, without axes; got bool"),
         ("query_offset", 1.0, "query_offset must be an int or an integer array .*float32"),
         ("key_offset", 1.0, "key_offset must be an int"),
         ("dropout_seed", 1.0, "dropout_seed must be an int"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from importlib import import_module
+from itertools import product
 
 import gradients
 import libraries
@@ -47,11 +48,12 @@ def owner(request):
         if request.param == "jax":
             from chunkattn.backends import jax_native
 
-            found = jax_native.CUDNN, True, "it is played"
+            found = jax_native.Kernel(trains=True), True, "it is played"
             patch.setattr(jax_native, "IMPLEMENTATION", "xla")
             patch.setattr(jax_native, "_attend", _partitioned(jax_native._attend))
             patch.setattr(jax_native, "choose", lambda call: found)
             patch.setattr(jax_native, "PLATFORMS", ("cpu",))
+            patch.setattr(jax_native, "LOWERED", "cpu")
         yield libraries.library(request.param)
 
 
@@ -124,13 +126,17 @@ def test_values(owner, dtypes, rng, case):
         if (owner.name, dtype, case) == ("torch-cuda", "float32", "grouped heads, causal"):
             continue  # PyTorch has no kernel for it, as test_grouped_float32 sees
         arrays = tokens(owner, rng, dtype, **shapes)
-        found, expected = (
+        found, expected = (owner.call(f, *arrays, **given) for f in (native, chunked))
+        assert found.dtype == expected.dtype
+        close(owner, dtype, found, expected)
+        if owner.name.startswith("jax"):
+            continue  # whose kernel has no lse in the compute dtype
+        both, expected = (
             owner.call(f, *arrays, **given, return_lse=True) for f in (native, chunked)
         )
-        assert found[0].dtype == expected[0].dtype
-        assert found[1].dtype == expected[1].dtype
-        close(owner, dtype, found[0], expected[0])
-        close(owner, dtype, found[1], expected[1])
+        close(owner, dtype, both[0], found)
+        assert both[1].dtype == expected[1].dtype
+        close(owner, "float32", both[1], expected[1])
 
 
 def test_grouped_float32(rng):
@@ -174,23 +180,68 @@ def test_derivatives(owner, dtypes, rng, causal):
 
 
 def test_gradient_of_lse(owner, dtypes, rng):
+    if owner.name.startswith("jax"):
+        with pytest.raises(NotImplementedError, match="lse is rounded to the dtype of query"):
+            owner.call(native, *tokens(owner, rng, dtypes[0]), return_lse=True)
+        return
+
     def lse(*arrays, way, bias=None):
         return attention(*arrays, implementation=way, causal=True, return_lse=True)[1]
 
-    library = next((name for name in ("torch", "jax") if owner.name.startswith(name)), None)
     for dtype in dtypes:
         inputs = tokens(owner, rng, dtype)
         d_lse = owner.asarray(rng.standard_normal(inputs[0].shape[:-1]), "float32")
         if dtype == "float64":
             d_lse = owner.asarray(owner.numpy(d_lse), dtype)
         found, expected = (
-            gradients.BY_LIBRARY[library](
+            gradients.BY_LIBRARY["torch"](
                 partial(lse, way=way), "reverse", gradients.Point(inputs, (), d_lse)
             )
             for way in ("native", "chunked")
         )
         for name, x in expected.items():
             close(owner, dtype, found[name], x)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_visible_nan_of_few_keys(owner, dtypes, rng, causal):
+    """PyTorch's kernel for CPUs takes a query with a NaN for one that sees nothing."""
+    for dtype, n in product(dtypes, (1, 2, 7, 8, 15, 16, 17)):
+        arrays = [owner.numpy(x).copy() for x in tokens(owner, rng, "float32", n_q=n, n_k=n)]
+        arrays[0][:, :, n // 2, 0] = np.nan
+        arrays = [owner.asarray(x, dtype) for x in arrays]
+        found, expected = (
+            owner.numpy(owner.call(f, *arrays, causal=causal)) for f in (native, chunked)
+        )
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+        assert np.isnan(found).any()
+
+
+def test_lse_of_infinite_scores(owner, dtypes, rng):
+    """A score of -inf hides its key: no kernel is asked what is left."""
+    if owner.name.startswith("jax"):
+        return  # no lse, as above
+    for dtype in dtypes:
+        query, key, value = tokens(owner, rng, dtype)
+        query[:, :, 5] = np.inf
+        key[:] = -1
+        out, lse = native(query, key, value, return_lse=True)
+        assert (owner.numpy(lse)[:, :, 5] == -np.inf).all()
+        assert (owner.numpy(out)[:, :, 5] == 0).all()
+
+
+def test_gradients_of_large_scores(rng):
+    """From one rounded lse they would be coarse; on a GPU they are."""
+    torch = pytest.importorskip("torch")
+    arrays = tokens(libraries.library("torch"), rng, "float32", n_q=300, n_k=40)
+    arrays[1][0, 1, 0, 0] = 1e8
+    arrays = [x.requires_grad_() for x in arrays]
+    found, expected = (
+        torch.autograd.grad(f(*arrays).sin().sum(), arrays)
+        for f in (native, partial(attention, implementation="standard"))
+    )
+    for x, y in zip(found, expected, strict=True):
+        assert (x - y).norm() <= 1e-5 * y.norm()
 
 
 @pytest.mark.parametrize("extreme", [np.nan, np.inf])
@@ -327,6 +378,31 @@ def test_cuda_graphs(rng, implementation):
         found = _captured(partial(call, causal=True), *arrays)
         assert np.isfinite(owner.numpy(found)[:, :, :40]).all()
         close(owner, dtype, found[:, :, :40], expected[:, :, :40])
+
+
+def test_no_kernel_is_allowed(rng, caplog):
+    """Within `sdpa_kernel` PyTorch's own attention raises, where it has none of these on a CPU."""
+    torch = pytest.importorskip("torch")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    arrays = tokens(libraries.library("torch"), rng, "float32")
+    with caplog.at_level(logging.DEBUG, "chunkattn"), sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        found = attention(*arrays, bias=torch.zeros(64, 64)), attention(*arrays)
+    for x in found:
+        torch.testing.assert_close(x, chunked(*arrays))
+    assert caplog.messages[-1] == "chunked: PyTorch has only its textbook attention for it"
+
+
+def test_batch_axes_that_do_not_merge(rng, caplog):
+    """As one axis they would be a copy, which no plan counts."""
+    pytest.importorskip("torch")
+    arrays = tokens(libraries.library("torch"), rng, "float32", batch=(2, 3))
+    with caplog.at_level(logging.DEBUG, "chunkattn"):
+        attention(*arrays)
+        for cut in (lambda x: x[:, :2], lambda x: x.transpose(0, 1), lambda x: x[:1, :1]):
+            attention(*map(cut, arrays))
+    ways = [message.partition(":")[0] for message in caplog.messages]
+    assert ways == ["native", "chunked", "chunked", "native"]
 
 
 def test_what_is_captured_takes_no_branch(monkeypatch):

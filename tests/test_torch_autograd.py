@@ -129,6 +129,33 @@ def test_gradients_in_batches(implementation):
     expected, *jacobians = (jacobian(of_query, inputs[0], **way) for way in ways)
     for found in jacobians:
         torch.testing.assert_close(found, expected)
+    forward = hessian(of_query, inputs[0], vectorize=True, outer_jacobian_strategy="forward-mode")
+    torch.testing.assert_close(forward, hessians[0])
+
+
+@pytest.mark.parametrize("implementation", ["native", "chunked"])
+def test_gradients_in_batches_by_another_thread(implementation, monkeypatch):
+    """As on a GPU, whose backward pass runs in a thread that does not know of the batch."""
+    monkeypatch.setattr(torch._C, "_vmapmode_increment_nesting", lambda: 1)
+    monkeypatch.setattr(torch._C, "_vmapmode_decrement_nesting", lambda: 0)
+    query, key, value = tensors((1, 2, 5, 4), (1, 2, 6, 4), (1, 2, 6, 4))
+    out = attention(query, key, value, implementation=implementation)
+    (bars,) = tensors((3, *out.shape), seed=1)
+    each = [torch.autograd.grad(out, query, bar, retain_graph=True)[0] for bar in bars]
+    (found,) = torch.autograd.grad(out, query, bars, is_grads_batched=True)
+    torch.testing.assert_close(found, torch.stack(each))
+
+
+def test_product_with_the_second_derivative():
+    """`hvp` asks for the gradient by the cotangent alone, in a graph that has all of them."""
+    query, key, value = (x.detach() for x in tensors((5, 4), (6, 4), (6, 4)))
+
+    def function(query):
+        return attention(query, key, value).sin().sum()
+
+    _, found = torch.autograd.functional.hvp(function, query, query)
+    _, expected = torch.autograd.functional.vhp(function, query, query)
+    torch.testing.assert_close(found, expected)
 
 
 def test_per_example_gradients_of_what_a_score_mod_captures():
