@@ -20,10 +20,13 @@ class Unlifted:
 
 
 def of_floating(
-    function: Callable[..., Any], primals: tuple[Array, ...], is_floating: Callable[[Array], bool]
+    function: Callable[..., Any], primals: tuple[Array, ...], is_floating: Callable[[Any], bool]
 ) -> tuple[Callable[..., Any], list[int]]:
-    """Return `function` of its floating arguments alone, and the numbers of these."""
-    floating = [i for i, x in enumerate(primals) if is_floating(x)]
+    """Return `function` of its floating arguments alone, and the numbers of these.
+
+    `is_floating` is asked about dtypes.
+    """
+    floating = [i for i, x in enumerate(primals) if is_floating(x.dtype)]
 
     def of_those(*xs: Array) -> Any:
         args = list(primals)

@@ -150,6 +150,10 @@ class Adapter:
         x[_place(value, corner)] += value
         return x
 
+    def in_order(self, x: Array) -> Array:
+        """Return `x` in memory in the order of its axes, where a library shows that order."""
+        return x
+
     # The arithmetic of tiles.  What may overwrite its argument says so.
 
     def workspace(self, like: Array, size: int, dtype: Any) -> Array | None:

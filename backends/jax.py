@@ -85,7 +85,7 @@ class Adapter(generic.Adapter):
 
     def is_floating(self, dtype: Any) -> bool:
         """Whether `dtype` is floating, the ones of 8 bits included."""
-        return bool(jnp.issubdtype(dtype, jnp.floating))
+        return jax_types.is_floating(dtype)
 
     def is_integer(self, dtype: Any) -> bool:
         """Whether `dtype` is an integer."""
@@ -297,7 +297,7 @@ class Adapter(generic.Adapter):
         self, function: Any, primals: tuple[Array, ...], tangents: tuple[Array, ...]
     ) -> Any:
         """Differentiate by `jax.jvp`."""
-        function, floating = of_floating(function, primals, jax_types.is_floating)
+        function, floating = of_floating(function, primals, self.is_floating)
         chosen = (tuple(xs[i] for i in floating) for xs in (primals, tangents))
         return jax.jvp(function, *chosen)[1]
 
@@ -305,7 +305,7 @@ class Adapter(generic.Adapter):
         self, function: Any, primals: tuple[Array, ...], cotangent: Array
     ) -> tuple[Array | None, ...]:
         """Differentiate by `jax.vjp`."""
-        function, floating = of_floating(function, primals, jax_types.is_floating)
+        function, floating = of_floating(function, primals, self.is_floating)
         _, vjp = jax.vjp(function, *(primals[i] for i in floating))
         found = dict(zip(floating, vjp(cotangent), strict=True))
         return tuple(map(found.get, range(len(primals))))

@@ -109,7 +109,7 @@ def _text(closed: ClosedJaxpr) -> str | None:
     if not (one and _is_told(closed.jaxpr)):
         return None
     ruled = _ruled(closed.jaxpr)
-    if not ruled or not is_floating(returned[0].aval):
+    if not ruled or not is_floating(returned[0].aval.dtype):
         return text
     try:
         derivative = _derivative(closed.jaxpr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -27,38 +28,16 @@ class Mapped:
     dims: tuple[int | None, ...]  # of data and inputs, flat
     tree: Any
 
-    @property
-    def calls_kernel(self) -> bool:
-        """Whether a kernel of the library computes it."""
-        calls: bool = self.operation.calls_kernel
-        return calls
-
-    @property
-    def keeps_outputs(self) -> bool:
-        """Whether its rules want the results."""
-        keeps: bool = self.operation.keeps_outputs
-        return keeps
-
-    @property
-    def residuals(self) -> tuple[str, ...]:
-        """The names of the results that only the rules use."""
-        names: tuple[str, ...] = self.operation.residuals
-        return names
+    # What the mapping does not change.
+    calls_kernel = property(attrgetter("operation.calls_kernel"))
+    keeps_outputs = property(attrgetter("operation.keeps_outputs"))
+    outputs = property(attrgetter("operation.outputs"))
+    point = property(attrgetter("operation.point"))
+    residuals = property(attrgetter("operation.residuals"))
 
     def with_residuals(self, spec: Any) -> Mapped:
         """Return the operation with what its rules need, mapped."""
         return replace(self, operation=self.operation.with_residuals(spec))
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """The names of the results."""
-        names: tuple[str, ...] = self.operation.outputs
-        return names
-
-    @property
-    def point(self) -> Any:
-        """The class of the points at which rules are called."""
-        return self.operation.point
 
     @property
     def axes(self) -> tuple[Any, dict[str, int | None]]:

@@ -26,9 +26,9 @@ _abstract_mesh = getattr(jax.sharding, "get_abstract_mesh", None)
 _typeof = getattr(jax, "typeof", None) or jax.core.get_aval
 
 
-def is_floating(x: Any) -> bool:
-    """Whether an array, or the type of one, is of real floating numbers."""
-    return bool(jnp.issubdtype(x.dtype, jnp.floating))
+def is_floating(dtype: Any) -> bool:
+    """Whether `dtype` is one of real floating numbers."""
+    return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def _type(x: Any) -> Any:

@@ -122,6 +122,10 @@ class Adapter(generic.Adapter):
                 x = x.narrow(axis, *cut)
         return x
 
+    def in_order(self, x: Array) -> Array:
+        """Return `x` such that axes side by side can be put together by a view."""
+        return x.contiguous()
+
     def matrix_transpose(self, x: Array) -> Array:
         """Return a view with the last two axes exchanged."""
         return x.mT
@@ -279,7 +283,7 @@ class Adapter(generic.Adapter):
 
         The gradients are linear in the cotangent, and the transpose of that map is the tangent.
         """
-        function, floating = of_floating(function, primals, torch.is_floating_point)
+        function, floating = of_floating(function, primals, self.is_floating)
         xs = tuple(primals[i] for i in floating)
         found = function(*xs)
 
@@ -294,7 +298,7 @@ class Adapter(generic.Adapter):
         self, function: Any, primals: tuple[Array, ...], cotangent: Array
     ) -> tuple[Array | None, ...]:
         """Differentiate by `torch.func`."""
-        function, floating = of_floating(function, primals, torch.is_floating_point)
+        function, floating = of_floating(function, primals, self.is_floating)
         _, vjp = torch.func.vjp(function, *(primals[i] for i in floating))
         found = dict(zip(floating, vjp(cotangent), strict=True))
         return tuple(map(found.get, range(len(primals))))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -64,21 +64,16 @@ class Known:
     """Tensors by their identity; it keeps none of them."""
 
     def __init__(self, tensors: Iterable[Array] = ()) -> None:
-        self.references: dict[int, Any] = {}
+        self.alive: WeakValueDictionary[int, Array] = WeakValueDictionary()
         self.add(tensors)
 
     def add(self, tensors: Iterable[Array]) -> None:
         """Know these, too."""
-        self.references.update((id(x), weakref.ref(x)) for x in tensors)
+        for x in tensors:
+            self.alive[id(x)] = x
 
     def __contains__(self, x: Array) -> bool:
-        reference = self.references.get(id(x))
-        return reference is not None and reference() is x
-
-    def forget(self) -> None:
-        """Forget those that are no more."""
-        alive = {key: x for key, x in self.references.items() if x() is not None}
-        self.references = alive
+        return self.alive.get(id(x)) is x
 
 
 class Watch(TorchFunctionMode):  # type: ignore[misc]
@@ -190,6 +185,4 @@ class Lifted:
             return self.function(*args)
         self.known.add((*captured, *args))
         with Exchange(self.known, self.captured, captured, self.refuses):
-            found = self.function(*args)
-        self.known.forget()
-        return found
+            return self.function(*args)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ._mask import Mask, Range
 
 if TYPE_CHECKING:
+    from ._rows import Rows, Span
     from ._shapes import Shapes
-    from ._tiles import Rows, Span, Tile
+    from ._tiles import Tile
 
 Array = Any
 

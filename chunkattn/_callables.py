@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ._shapes import broadcast
-from .masks import Predicate
+from .masks import Mask, Predicate
 
 if TYPE_CHECKING:
     from ._spec import TileShape
@@ -131,6 +131,24 @@ def _check_numbers(xp: Any, x: Array, name: str) -> None:
     xp.check(x, name)
     if not (xp.is_floating(x.dtype) or xp.is_integer(x.dtype) or xp.is_bool(x.dtype)):
         raise TypeError(f"{name} must be of real numbers; got {x.dtype}")
+
+
+def allowed_by(mask: Mask, tile: Tile) -> Array | None:
+    """Return what a mask allows of a tile, which may be the caller's code; None: all pairs."""
+    found = mask.tile(tile)
+    if found is None:
+        return None
+    told = "mask_mod" if isinstance(mask, Predicate) else f"{type(mask).__name__}.tile"
+    if not hasattr(found, "dtype") or not tile.xp.is_bool(found.dtype):
+        got = getattr(found, "dtype", type(found).__name__)
+        raise TypeError(f"mask: {told} must return a boolean array; got {got}")
+    shape = (*tile.rows.lead, tile.size)
+    if broadcast([tuple(found.shape), shape]) != shape:
+        raise ValueError(
+            f"mask: {told} must return an array that broadcasts to {shape}; got "
+            f"{tuple(found.shape)}"
+        )
+    return found
 
 
 class Examples:

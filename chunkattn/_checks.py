@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import math
 import operator
+import re
+from numbers import Integral
 from typing import Any
 
 from ._adapters import is_array
 from ._dropout import seed_words
-from ._shapes import broadcast, is_float
+from ._shapes import broadcast, is_accepted
 
 Array = Any
+
+_UNITS = {"B": 1} | {
+    f"{letter}{middle}B": base**power
+    for middle, base in (("", 1000), ("i", 1024))
+    for power, letter in enumerate("kMGT", start=1)
+}
 
 
 def common_dtype(xp: Any, tokens: dict[str, Array]) -> Any:
     """Return the floating dtype that query, key and value share."""
-    allowed = xp.floats
-    dtypes = [x.dtype for x in tokens.values()]
-    for name, dtype in zip(tokens, dtypes, strict=True):
-        if dtype not in allowed.values():
-            raise TypeError(f"{name} must be one of {', '.join(allowed)}; got {dtype}")
-    dtype = dtypes[0]
+    for name, x in tokens.items():
+        if not is_accepted(xp, x):
+            raise TypeError(f"{name} must be one of {', '.join(xp.floats)}; got {x.dtype}")
+    dtype, *_ = dtypes = [x.dtype for x in tokens.values()]
     if dtypes.count(dtype) < len(dtypes):
         told = ", ".join(f"{name} {x.dtype}" for name, x in tokens.items())
         raise TypeError(f"query, key and value must have one dtype; got {told}")
@@ -51,7 +57,7 @@ def scale_of(xp: Any, scale: Any, d: int, compute: Any) -> Any:
         return 1.0 / math.sqrt(d) if d else 1.0
     if is_array(scale):
         is_integer = xp.is_integer(scale.dtype)
-        if tuple(scale.shape) != () or not (is_integer or is_float(xp, scale)):
+        if tuple(scale.shape) != () or not (is_integer or is_accepted(xp, scale)):
             raise TypeError(
                 "scale must be a number or an array of one, without axes; "
                 f"got {scale.dtype} of shape {tuple(scale.shape)}"
@@ -169,3 +175,27 @@ def choice(name: str, x: Any, allowed: tuple[str, ...]) -> None:
     """Refuse an `x` that is not one of `allowed`."""
     if not isinstance(x, str) or x not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {x!r}")
+
+
+def bytes_of(memory_limit: Any) -> int | None:
+    """Return a number of bytes that is given as an int, or as "64MB" or "64MiB".
+
+    Examples
+    --------
+    >>> bytes_of("64MB"), bytes_of("1.5 MiB"), bytes_of("64KiB"), bytes_of(4096)
+    (64000000, 1572864, 65536, 4096)
+    """
+    if memory_limit is None:
+        return None
+    limit = memory_limit
+    if isinstance(limit, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?i?B)\s*", limit)
+        unit = _UNITS.get(found[2].replace("K", "k")) if found else None
+        limit = int(float(found[1]) * unit) if found and unit else None
+    if not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1:
+        kind = ValueError if isinstance(memory_limit, Integral | float | str) else TypeError
+        raise kind(
+            "memory_limit must be a positive number of bytes: an int, or a string like '64MB' "
+            f"(10^6 bytes) or '64MiB' (2^20); got {memory_limit!r}"
+        )
+    return int(limit)

@@ -6,15 +6,17 @@ from functools import lru_cache
 from typing import Any
 
 from ._calculus import RESULTS, Forward
-from ._memory import bytes_of, number_bytes, terms
+from ._checks import bytes_of
+from ._memory import number_bytes, terms
 from ._native import Native
 from ._partition import Parts, beats_tiles, parts_of
 from ._plain import plain
 from ._problem import TOKENS
-from ._request import Request, make_request
+from ._request import Request
+from ._request_cache import make_request
 from ._spec import SMALLEST, Spec
 from ._terms import total
-from .masks import Causal, Dense, Lengths, Segments, Window
+from .masks import TOLD, Causal
 
 Array = Any
 
@@ -147,9 +149,6 @@ def _kernel(request: Request, bias_gradient: bool) -> tuple[Any, bool, Parts | N
     return kernel, better, parts, why
 
 
-_MASKS = frozenset({Causal, Dense, Lengths, Segments, Window})
-
-
 def _lacking(request: Request) -> str | None:
     """Return why no kernel can do a call; None where one may."""
     xp, spec, inputs = request.xp, request.spec, request.inputs
@@ -160,7 +159,7 @@ def _lacking(request: Request) -> str | None:
         "no kernel has a softcap": spec.softcap is not None,
         "no kernel has a score_mod": spec.score_mod is not None,
         "no kernel drops the weights that dropout_seed says": bool(spec.dropout),
-        "no kernel calls a mask of the caller's own": not _MASKS.issuperset(map(type, spec.masks)),
+        "no kernel calls a mask of the caller's own": not TOLD.issuperset(map(type, spec.masks)),
         "the scale is an array": "scale" in inputs,
         "kernels do not choose their compute_dtype": not wide,
         "there is nothing to compute": 0 in (*spec.lead, spec.n_q, spec.n_k, spec.d_v),

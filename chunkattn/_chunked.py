@@ -15,9 +15,10 @@ from ._bounded import is_unbounded, may_be_bounded
 from ._loops import over_keys, over_queries
 from ._partial import Summary, log_sum, nonzero, rounding
 from ._problem import Problem
+from ._rows import Rows
 from ._scores import gather, gather_onto, scores
 from ._spec import Spec
-from ._tiles import Rows, Tile
+from ._tiles import Tile, only_tile
 
 Array = Any
 
@@ -52,7 +53,7 @@ def chunked(
 def _attend_queries(rows: Rows, outputs: dict[str, Array]) -> dict[str, Array]:
     """Write the results of one chunk of queries into `outputs`."""
     xp = rows.xp
-    [workspace], only = rows.workspaces(1), rows.only_tile()
+    [workspace], only = rows.workspaces(1), only_tile(rows)
     if only is None:
         summary = over_keys(rows, partial(_attend_chunk, workspace), rows.nothing())
     else:

@@ -22,10 +22,11 @@ from typing import Any
 from ._chain import pull, pull_tangent, push, softmax
 from ._loops import over_keys, over_queries
 from ._problem import TANGENT, TOKENS, Problem, to_heads
+from ._rows import Rows
 from ._scores import dropped, gather_onto
 from ._spec import Spec
 from ._sums import Sums, add_bias, add_captured, add_keys, add_rows, totals
-from ._tiles import Rows, Tile
+from ._tiles import Tile
 
 Array = Any
 Names = tuple[str, ...]

@@ -12,7 +12,7 @@ from ._callables import ScoreMod
 from ._choice import prepared
 from ._problem import TANGENT, TOKENS
 from ._request import Request
-from ._shapes import is_float
+from ._shapes import is_accepted
 
 Array = Any
 
@@ -203,7 +203,7 @@ def _like(name: str, x: Any, primal: Array, xp: Any, exact: bool = False) -> Arr
     if not is_array(x):
         raise TypeError(f"{name} must be an array; got {x!r:.80}")
     common_adapter([(name.removeprefix("d_"), primal), (name, x)])
-    if not is_float(xp, x) or (exact and x.dtype != primal.dtype):
+    if not is_accepted(xp, x) or (exact and x.dtype != primal.dtype):
         wanted = primal.dtype if exact else f"one of {', '.join(xp.floats)}"
         raise TypeError(f"{name} must be {wanted}; got {x.dtype}")
     if tuple(x.shape) != tuple(primal.shape):

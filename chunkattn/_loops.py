@@ -8,7 +8,8 @@ from typing import Any
 
 from ._mask import Mask, Range
 from ._problem import Problem
-from ._tiles import Rows, Span, Tile
+from ._rows import Rows, Span
+from ._tiles import Tile
 
 State = Any
 Index = Any  # an int, or a traced integer

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
+from ._adapters import is_array
+
 if TYPE_CHECKING:
+    from ._rows import Rows, Span
     from ._shapes import Shapes
-    from ._tiles import Rows, Span, Tile
+    from ._tiles import Tile
 
 Array = Any
 Range = tuple[Any, Any]  # (first, one past the last) key position; None where unbounded
@@ -129,7 +133,27 @@ class Mask:
         return None
 
 
-def with_fields(mask: Mask, changed: dict[str, Any]) -> Mask:
+def arrays_of(mask: Mask) -> dict[str, Array]:
+    """Return the arrays that a mask holds, and the tuples of arrays, by field name."""
+    values = ((field.name, getattr(mask, field.name)) for field in fields(mask))
+    return {
+        name: x
+        for name, x in values
+        if is_array(x) or (isinstance(x, tuple) and any(map(is_array, x)))
+    }
+
+
+def without_arrays(mask: Mask) -> Mask:
+    """Return a mask with None in the place of its arrays: hashable, for a `Spec`."""
+    return _with_fields(mask, dict.fromkeys(arrays_of(mask)))
+
+
+def with_arrays(masks: tuple[Mask, ...], data: dict[str, Any]) -> tuple[Mask, ...]:
+    """Return the masks of a `Spec` with their arrays, which are in the data of the call."""
+    return tuple(starmap(_with_fields, zip(masks, data["masks"], strict=True)))
+
+
+def _with_fields(mask: Mask, changed: dict[str, Any]) -> Mask:
     """Return a mask with other values of some fields, which its class is not asked about again."""
     if not changed:
         return mask

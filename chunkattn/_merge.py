@@ -11,6 +11,7 @@ from ._checks import choice, compute_dtype_of
 from ._partial import combine, finish, unfinish
 from ._problem import lse_to_caller, out_to_caller, to_heads
 from ._request import LAYOUTS
+from ._shapes import is_accepted
 
 Array = Any
 
@@ -100,7 +101,7 @@ def _check_partials(xp: Any, arrays: list[tuple[str, Array]], layout: str) -> No
                 f"{name} must have shape {tuple(shape)} to go with partial 0's out "
                 f"{tuple(out.shape)} in layout {layout!r}; got {tuple(x.shape)}"
             )
-        if x.dtype != dtype or not any(x.dtype == t for t in xp.floats.values()):
+        if x.dtype != dtype or not is_accepted(xp, x):
             raise TypeError(f"{name} must have the floating dtype {dtype}; got {x.dtype}")
 
 

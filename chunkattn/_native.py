@@ -32,7 +32,7 @@ from ._calculus import (
 from ._chunked import chunked
 from ._derivatives import backward
 from ._partition import Parts
-from ._plain import four, is_folded, like, plain
+from ._plain import four, like, plain
 from ._problem import TOKENS, lse_to_caller, out_to_caller
 from ._spec import Spec
 
@@ -50,11 +50,6 @@ def _trusted(xp: Any, tests: list[Any], found: Arrays, tiles: Callable[[], Array
 def _leaks(xp: Any, spec: Spec, found: Arrays) -> list[Any]:
     """Return tests of whether a NaN came through a kernel's mask."""
     return [xp.nonfinite(x, spec.compute) for name, x in found.items() if name != "lse"]
-
-
-def _in_order(xp: Any, x: Array) -> Array:
-    """Return `x` in memory in the order of its axes, as the results of other calls are."""
-    return xp.write(xp.new(x, tuple(x.shape), 0.0, x.dtype), x, (0,) * x.ndim)
 
 
 @dataclass(frozen=True)
@@ -101,12 +96,10 @@ class Native(Operation):
             if self.parts is None:
                 found = self._whole(xp, spec, inputs)
             else:
-                blind = self.return_lse
-                found = _parts.forward(
-                    xp, self.parts, self.kernel, arrays, self.outputs, blind=blind
-                )
-            if spec.layout == "nhd" and spec.n_q > 1 and is_folded(spec, self.causal):
-                found |= {name: _in_order(xp, x) for name, x in found.items() if name != "lse"}
+                told = xp, self.parts, self.kernel, arrays, self.outputs
+                found = _parts.forward(*told, blind=self.return_lse)
+            if spec.layout == "nhd":
+                found |= {name: xp.in_order(x) for name, x in found.items() if name != "lse"}
             tests = _leaks(xp, spec, found) if self.causal or self.parts is not None else []
             if self.return_lse:
                 tests.append(self.kernel.doubtful(found["lse"]))

@@ -12,7 +12,7 @@ from ._checks import index
 from ._merge import Form, finished
 from ._partial import Summary, combine, of_sinks, unfinish
 from ._problem import to_heads
-from ._request import make_request
+from ._request_cache import make_request
 from ._shapes import broadcast
 from ._spec import Spec
 

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from ._array_masks import axes_of_pairs
 from ._loops import seen
+from ._mask import with_arrays
 from ._plain import FOLDED
-from ._problem import Problem, with_arrays
+from ._problem import Problem
 from ._request import Request
+from ._rows import Span
 from ._spec import Cut, Schedule, Spec, block_within
-from ._tiles import Span
 from .masks import Dense, Mask, Window
 
 BYTES = 2**24  # of what is added to the scores of a part, and of its keys in the compute dtype

@@ -17,8 +17,9 @@ from ._calculus import RESULTS
 from ._partition import Parts, runs
 from ._plain import FOLDED, Plain, like
 from ._problem import Problem, heads_first, to_heads
+from ._rows import Rows
 from ._sums import Sums, add_part, add_rows
-from ._tiles import Rows, Tile
+from ._tiles import Tile
 
 Array = Any
 Arrays = dict[str, Array]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import starmap
 from typing import Any
 
 from ._cached import cached_property
-from ._mask import with_fields
+from ._mask import with_arrays
 from ._spec import Spec
-from .masks import Mask
 
 Array = Any
 
@@ -47,11 +45,6 @@ def heads_first(xp: Any, form: Any, x: Array) -> Array:
     if form.headless:
         return x[None, ...]
     return swap_layout(xp, x) if form.layout == "nhd" else x
-
-
-def with_arrays(masks: tuple[Mask, ...], data: dict[str, Any]) -> tuple[Mask, ...]:
-    """Return the masks of a `Spec` with their arrays, which are in the data of the call."""
-    return tuple(starmap(with_fields, zip(masks, data["masks"], strict=True)))
 
 
 class Problem:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from ._adapters import common_adapter, is_array
@@ -19,10 +19,10 @@ from ._checks import (
     seed_of,
     softcap_of,
 )
-from ._mask import with_fields
+from ._mask import arrays_of, without_arrays
 from ._shapes import Shapes, check_floats, shapes_of
 from ._spec import Asked, Spec, schedule
-from .masks import Causal, Dense, Lengths, Mask, Predicate, Segments, Window
+from .masks import Causal, Dense, Mask, Predicate
 
 Array = Any
 
@@ -53,86 +53,7 @@ class Request:
         return found
 
 
-_PLAIN = frozenset({type(None), bool, int, float, str})
-_KEPT: dict[Any, Request] = {}  # by what they are made of, without their arrays
-_MOST = 256
-_ARRAYS = ("bias", "query_offset", "key_offset")  # that a request to be kept may have, with masks
-_UNKNOWN = object()
-
-
-def make_request(query: Array, key: Array, value: Array, **given: Any) -> Request:
-    """Check every argument of `attention` and put the call into its canonical form.
-
-    A call without functions, whose arrays are tokens, a bias, offsets and those of masks, is
-    checked once for its shapes and keywords: small calls would take longer to check than to
-    compute.
-    """
-    mask, rest = given["mask"], given
-    form, held = (None, []) if mask is None else _taken_apart(mask)
-    own = ((name, given[name]) for name in _ARRAYS)
-    arrays = {name: x for name, x in own if type(x) not in _PLAIN and is_array(x)}
-    if arrays or mask is not None:
-        rest = given | dict.fromkeys(("mask", *arrays))
-    types = tuple(map(type, rest.values()))
-    if form is _UNKNOWN or not _PLAIN.issuperset(types):
-        return _checked(query, key, value, **given)
-    tokens = {"query": query, "key": key, "value": value}
-    more = [*arrays.items(), *(("mask", x) for one in held for x in one.values())]
-    xp = common_adapter([*tokens.items(), *more])
-    settings = [xp.setting(query), *(xp.setting(x) for _, x in more)]
-    if None in settings:
-        return _checked(query, key, value, **given)
-    inputs = xp.promoted(tokens)
-    sizes = [part for x in inputs.values() for part in (x.shape, x.dtype)]
-    sizes += [part for name, x in more for part in (name, x.shape, x.dtype)]
-    # 1 == True, but for their types
-    made_of = (xp, form, *settings, *sizes, types, *rest, *rest.values())
-    kept = _KEPT.get(made_of)
-    if kept is None:
-        kept = _without_arrays(_checked(query, key, value, **given))
-        if len(_KEPT) >= _MOST:
-            _KEPT.clear()
-        _KEPT[made_of] = kept
-    data = kept.data
-    if more:
-        mine = iter(held)
-        masks = tuple(next(mine) if names else {} for names in data["masks"])
-        data = data | arrays | {"masks": masks}
-        if "bias" in arrays:
-            inputs["bias"] = data.pop("bias")
-    return Request(xp, kept.spec, data, inputs, kept.chunks_given, kept.known)
-
-
-def _taken_apart(mask: Any) -> tuple[Any, list[dict[str, Array]]]:
-    """Return what tells masks but for their arrays, and these by field, mask by mask.
-
-    `_UNKNOWN` where masks are functions, of the caller's own, or none at all.
-    """
-    cls = type(mask)
-    if cls in (Causal, Window):
-        return mask, []
-    if is_array(mask):
-        return Dense, [{"allowed": mask}]
-    if cls in (Dense, Lengths, Segments):
-        held = _held(mask)
-        plain = [(name, type(x), x) for name, x in vars(mask).items() if name not in held]
-        if not _PLAIN.issuperset(kind for _, kind, _ in plain):
-            return _UNKNOWN, []
-        return (cls, *held, *plain), [held] if held else []
-    if cls is not tuple:
-        return _UNKNOWN, []
-    forms, arrays = zip(*map(_taken_apart, mask), strict=True) if mask else ((), ())
-    return _UNKNOWN if _UNKNOWN in forms else forms, [held for some in arrays for held in some]
-
-
-def _without_arrays(request: Request) -> Request:
-    """Return a request to be kept, with None in the place of its arrays."""
-    data = {name: None if is_array(x) else x for name, x in request.data.items()}
-    data["masks"] = tuple(dict.fromkeys(held) for held in request.data["masks"])
-    return replace(request, inputs={}, data=data)
-
-
-def _checked(
+def checked(
     query: Array,
     key: Array,
     value: Array,
@@ -157,7 +78,7 @@ def _checked(
     most: int | None = None,
     training: bool = False,
 ) -> Request:
-    """Do the work of `make_request`.
+    """Check every argument of `attention` and put the call into its canonical form.
 
     A call for a stream has no sinks, which count once at its end, and keeps the compute dtype.
     `most` and `training` are those of `Asked`.
@@ -173,7 +94,7 @@ def _checked(
     tokens = {"query": query, "key": key, "value": value}
     extra = [("bias", bias), ("sinks", sinks), ("scale", scale), ("dropout_seed", dropout_seed)]
     extra += [("query_offset", query_offset), ("key_offset", key_offset)]
-    extra += [("mask", x) for m in masks for x in _held(m).values() if is_array(x)]
+    extra += [("mask", x) for m in masks for x in arrays_of(m).values() if is_array(x)]
     arrays = [*tokens.items(), *((name, x) for name, x in extra if is_array(x))]
     xp = common_adapter(arrays)
     tokens = xp.promoted(tokens)
@@ -225,12 +146,12 @@ def _checked(
         softcap=softcap_of(xp, softcap, compute),
         score_mod=lifted,
         dropout=dropout_rate(dropout, dropout_seed),
-        masks=tuple(with_fields(m, dict.fromkeys(_held(m))) for m in masks),
+        masks=tuple(map(without_arrays, masks)),
         schedule=size,
         standard=implementation == "standard",
     )
     data |= {
-        "masks": tuple(_held(m) for m in masks),
+        "masks": tuple(map(arrays_of, masks)),
         "dropout_seed": seed_of(xp, dropout_seed),
     }
     scale = scale_of(xp, scale, query.shape[-1], compute)
@@ -269,16 +190,6 @@ def _masks(causal: bool, mask: Any) -> tuple[Mask, ...]:
                 f"callable mask_mod(b, h, q_idx, kv_idx), or a tuple of these; got {one!r}"
             )
     return tuple(masks)
-
-
-def _held(mask: Mask) -> dict[str, Array]:
-    """Return the arrays that a mask holds, and the tuples of arrays, by field name."""
-    values = ((field.name, getattr(mask, field.name)) for field in fields(mask))
-    return {
-        name: x
-        for name, x in values
-        if is_array(x) or (isinstance(x, tuple) and any(map(is_array, x)))
-    }
 
 
 def _query_offset(

@@ -113,7 +113,7 @@ def broadcast(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
     return tuple(found)
 
 
-def is_float(xp: Any, x: Array) -> bool:
+def is_accepted(xp: Any, x: Array) -> bool:
     """Whether `x` has one of the floating dtypes that attention takes."""
     return x.dtype in xp.floats.values()
 
@@ -126,7 +126,7 @@ def check_floats(
         return
     if not is_array(x):
         raise TypeError(f"{name} must be an array; got {x!r}")
-    if not is_float(xp, x):
+    if not is_accepted(xp, x):
         raise TypeError(f"{name} must be one of {', '.join(xp.floats)}; got {x.dtype}")
     if exact and tuple(x.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}; got {tuple(x.shape)}")

@@ -174,53 +174,66 @@ def _schedule(
     sizes: Any, shapes: Shapes, asked: Asked, limits: list[int], others: list[int]
 ) -> Schedule:
     """Choose for one pass, by a library's `sizes`; the `limits` are of masks, and `others`."""
-    whole, even = sizes.batch == "whole", sizes.batch == "even"
-    lead, heads_of_one = shapes.lead, shapes.group
+    limits = _of_masks(sizes, shapes, limits) + others
+    rows, cols = _tile(sizes, shapes, limits)
+    rows = max(1, min(shapes.n_q, asked.query_chunk or rows))
+    cols = max(1, min(shapes.n_k, asked.key_chunk or cols))
+    elements, lead = asked.most or sizes.elements, shapes.lead
+    if not (limits or asked.most or asked.chunks_given):
+        of_head = shapes.group * shapes.n_q * shapes.n_k
+        if of_head >= SHARED and prod(lead) * of_head <= sizes.alone:
+            elements = sizes.alone
+    budget = elements // shapes.group
+    if sizes.batch == "whole":
+        rows, cols = _shrunk(rows, cols, prod(lead), budget, asked)
+        return Schedule(rows, cols, tuple(max(1, n) for n in lead))
+    if asked.most:
+        rows, cols = _shrunk(rows, cols, 1, budget, asked)
+    room = max(1, budget // (rows * cols))
+    return Schedule(rows, cols, block_within(lead, room, sizes.batch == "even"))
+
+
+def _of_masks(sizes: Any, shapes: Shapes, limits: list[int]) -> list[int]:
+    """Return the `limits` of masks with the one below which a tile need not shrink for them."""
+    if not limits:
+        return []
+    if not sizes.shared:
+        return [*limits, max(sizes.edge, shapes.n_k // 8)]  # of the keys, a small part
+    few = shapes.heads * prod(shapes.batch) < 4
+    return [*limits, 2 * sizes.edge if few else sizes.edge]
+
+
+def _tile(sizes: Any, shapes: Shapes, limits: list[int]) -> tuple[int, int]:
+    """Return the queries and keys of a tile that suit a library, were there any number of them."""
     rows, cols = sizes.rows, sizes.cols
-    if limits and not sizes.shared:
-        limits = [*limits, max(sizes.edge, shapes.n_k // 8)]  # of the keys, a small part
-    elif limits:
-        few = shapes.heads * prod(shapes.batch) < 4
-        limits = [*limits, 2 * sizes.edge if few else sizes.edge]
-    limits = limits + others
     if sizes.shared:
-        rows *= max(1, sizes.elements // (rows * cols * max(1, prod(lead))))
-    group = 1 if whole else max(1, heads_of_one)  # below, with all heads
+        rows *= max(1, sizes.elements // (rows * cols * max(1, prod(shapes.lead))))
+    group = 1 if sizes.batch == "whole" else shapes.group  # below, with all heads
     area, rows = rows * cols, max(1, rows // group)
     if limits:
         limit = max(sizes.least, min(limits))
         rows = min(rows, limit)
-        cols = min(limit, area // (rows * group))
-    else:
-        width = max(1, 2 * shapes.d_v)  # of what is read for a row or a column
-        rows = max(rows, area // (group * max(shapes.n_k, width)))
-        cols = max(cols, area // max(group * shapes.n_q, width))
-    rows, cols = (
-        max(1, min(shapes.n_q, asked.query_chunk or rows)),
-        max(1, min(shapes.n_k, asked.key_chunk or cols)),
+        return rows, min(limit, area // (rows * group))
+    width = max(1, 2 * shapes.d_v)  # of what is read for a row or a column
+    return (
+        max(rows, area // (group * max(shapes.n_k, width))),
+        max(cols, area // max(group * shapes.n_q, width)),
     )
-    elements = asked.most or sizes.elements
-    if not (limits or asked.most or asked.chunks_given):
-        of_head = heads_of_one * shapes.n_q * shapes.n_k
-        if of_head >= SHARED and prod(lead) * of_head <= sizes.alone:
-            elements = sizes.alone
-    budget = elements // heads_of_one
-    if asked.most or whole:
-        entries = prod(lead) if whole else 1
-        floor = SMALLEST if asked.most else 64
-        while entries * rows * cols > budget:
-            fewer_rows = asked.query_chunk is None and rows > floor
-            fewer_cols = asked.key_chunk is None and cols > floor
-            if fewer_rows and (rows > cols or not fewer_cols):
-                rows = -(-rows // 2)
-            elif fewer_cols:
-                cols = -(-cols // 2)
-            else:
-                break
-    if whole:
-        return Schedule(rows, cols, tuple(max(1, n) for n in lead))
-    room = max(1, budget // (rows * cols))
-    return Schedule(rows, cols, block_within(lead, room, even))
+
+
+def _shrunk(rows: int, cols: int, entries: int, budget: int, asked: Asked) -> tuple[int, int]:
+    """Return fewer queries or keys, of those not asked for, until `entries` tiles fit a budget."""
+    floor = SMALLEST if asked.most else 64
+    while entries * rows * cols > budget:
+        fewer_rows = asked.query_chunk is None and rows > floor
+        fewer_cols = asked.key_chunk is None and cols > floor
+        if fewer_rows and (rows > cols or not fewer_cols):
+            rows = -(-rows // 2)
+        elif fewer_cols:
+            cols = -(-cols // 2)
+        else:
+            break
+    return rows, cols
 
 
 def block_within(lead: tuple[int, ...], room: int, even: bool = False) -> tuple[int, ...]:

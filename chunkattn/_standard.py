@@ -8,9 +8,10 @@ from typing import Any
 from ._chunked import chunked
 from ._partial import log_sum, nonzero, rounding
 from ._problem import Problem
+from ._rows import Rows
 from ._scores import gather, scores
 from ._spec import Spec
-from ._tiles import Rows, Tile
+from ._tiles import Tile
 
 Array = Any
 

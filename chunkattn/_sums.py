@@ -7,8 +7,9 @@ from typing import Any
 
 from ._loops import over_blocks
 from ._problem import Problem
+from ._rows import Rows
 from ._spec import Cut
-from ._tiles import Rows, Tile
+from ._tiles import Tile
 
 Array = Any
 Index = Any  # an int, or a traced integer

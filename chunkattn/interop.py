@@ -12,7 +12,7 @@ from ._interop_jax import dot_product_attention
 from ._interop_keras import keras_multi_head_attention
 from ._interop_torch import register_torch, replace_sdpa
 from ._interop_transformers import register_transformers
-from ._shapes import broadcast, is_float, shapes_of
+from ._shapes import broadcast, is_accepted, shapes_of
 from .masks import Predicate
 
 Array = Any
@@ -119,7 +119,7 @@ def scaled_dot_product_attention(
             )
         if xp.is_bool(attn_mask.dtype):
             mask = attn_mask
-        elif is_float(xp, attn_mask):
+        elif is_accepted(xp, attn_mask):
             bias = attn_mask
         else:
             raise TypeError(

@@ -19,8 +19,9 @@ from ._checks import whole
 from ._mask import Mask, Range
 
 if TYPE_CHECKING:
+    from ._rows import Rows, Span
     from ._shapes import Shapes
-    from ._tiles import Rows, Span, Tile
+    from ._tiles import Tile
 
 Array = Any
 
@@ -272,3 +273,7 @@ class Predicate(Mask):
     def of(self, *place: Array) -> Array:
         """Return what the function says of a batch entry, a head and two positions."""
         return self.mask_mod(*place)
+
+
+# Those that are told by their class and their fields: without a function of the caller.
+TOLD = frozenset({Causal, Dense, Lengths, Segments, Window})

@@ -326,7 +326,7 @@ def test_traced_captures_of_blocks(rng, monkeypatch):
     whole = gradients(q, k, slopes, offsets)
     adapter = type(adapter_of(q, "query"))
     sizes = adapter_of(q, "query").tile_sizes(q)._replace(elements=128, batch="even")
-    monkeypatch.setattr("chunkattn._request._KEPT", {})  # calls alike have other sizes there
+    monkeypatch.setattr("chunkattn._request_cache._KEPT", {})  # calls alike have other sizes there
     monkeypatch.setattr(
         adapter,
         "tile_sizes",

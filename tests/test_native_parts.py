@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from chunkattn import _partition, _parts, attention, plan
-from chunkattn._request import _KEPT
+from chunkattn._request_cache import _KEPT
 from chunkattn.masks import Lengths, Segments, Window
 
 torch = pytest.importorskip("torch")

@@ -22,7 +22,7 @@ from chunkattn import (
     masks,
     plan,
 )
-from chunkattn._memory import bytes_of
+from chunkattn._checks import bytes_of
 
 MODES = pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
 

@@ -187,7 +187,7 @@ def test_many_blocks(case, monkeypatch):
     if sizes.batch == "whole":  # on a GPU, or of several devices
         sizes = sizes._replace(batch="even")
     monkeypatch.setattr(type(adapter), "tile_sizes", lambda self, like, backward=False: sizes)
-    monkeypatch.setattr("chunkattn._request._KEPT", {})  # calls alike have other sizes there
+    monkeypatch.setattr("chunkattn._request_cache._KEPT", {})  # calls alike have other sizes there
     if adapter.name != "jax":  # which traces it, and has no threads of ours
         monkeypatch.setattr(type(adapter), "accumulate", slowly)
     monkeypatch.setattr("chunkattn.backends._threads.share", lambda: 2)
