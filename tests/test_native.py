@@ -310,7 +310,7 @@ def test_what_no_kernel_does(owner, dtypes, rng, reason, caplog):
 def test_half_precision_on_a_cpu(dtype, causal, rng, monkeypatch, caplog):
     """As float32 rounded once, however many heads are copied at a time."""
     torch = pytest.importorskip("torch")
-    from chunkattn.backends import torch_native
+    from chunkattn.backends import torch_native_cpu
 
     def derived(d_out, *arrays):
         arrays = [x.detach().requires_grad_() for x in arrays]
@@ -322,7 +322,7 @@ def test_half_precision_on_a_cpu(dtype, causal, rng, monkeypatch, caplog):
     d_out = torch.ones_like(arrays[0])
     expected = [x.to(d_out.dtype) for x in derived(*(x.float() for x in (d_out, *arrays)))]
     for most in (2**24, 2**18, 2**17, 2**16, 1):  # all at once, some, one head at a time
-        monkeypatch.setattr(torch_native, "COPIES", most)
+        monkeypatch.setattr(torch_native_cpu, "COPIES", most)
         for x, known in zip(derived(d_out, *arrays), expected, strict=True):
             assert torch.equal(x, known)
     with caplog.at_level(logging.DEBUG, "chunkattn"):
