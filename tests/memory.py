@@ -8,7 +8,6 @@ prints by how much the peak of this process's resident set rises in one derivati
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import subprocess
@@ -21,7 +20,7 @@ import libraries
 import numpy as np
 import pytest
 
-from chunkattn.cli._memory import of_torch_cpu
+from chunkattn.cli import _memory
 
 WIDTH = 64
 
@@ -39,9 +38,9 @@ def extra_bytes(lib, function, *args, threads=1, **kwargs):
     """Measure one call on this library, with NumPy or PyTorch held to `threads` threads."""
     if lib.name.startswith("jax"):
         return _of_jax(function, args, kwargs)
-    measures = {"torch": of_torch_cpu, "torch-cuda": _of_cuda, "cupy": _of_cupy}
+    measures = {"torch": _memory.of_torch_cpu, "torch-cuda": _of_cuda, "cupy": _of_cupy}
     measure = measures.get(lib.name, of_numpy)
-    limits = {of_numpy: blas_threads, of_torch_cpu: torch_threads}
+    limits = {of_numpy: blas_threads, _memory.of_torch_cpu: torch_threads}
     with limits.get(measure, nullcontext)(threads):
         function(*(x[:8, :] for x in args))  # what a first call loads is no part of it
         gc.collect()
@@ -121,35 +120,11 @@ def _of_jax(function, args, kwargs):
 
 
 def of_malloc(call):
-    """Return by how much what glibc's malloc has given out rises in a call of JAX, and its results.
-
-    It is read as often as can be until the results are there, and a short peak may be missed.
-    """
-    info = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if info is None:
+    """Return what `_memory.of_malloc` does for a call of JAX."""
+    found = _memory.of_malloc(call, lambda results: all(x.is_ready() for x in results))
+    if found is None:
         pytest.skip("needs mallinfo2 of glibc 2.33 or later")
-    info.restype = _MallocInfo
-
-    def held():
-        found = info()
-        return found.uordblks + found.hblkhd
-
-    _give_back()  # of many free chunks it would take long to see how much they are
-    before = peak = held()
-    results = call()
-    while not all(x.is_ready() for x in results):
-        peak = max(peak, held())
-    return peak - before, results
-
-
-class _MallocInfo(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-        )
-    ]
+    return found
 
 
 # Derivatives
@@ -182,23 +157,14 @@ def of_process(library, way, mode, n, threads=1):
     return int(done.stdout)
 
 
-def _give_back():
-    """Return what the process has freed to the system, or a call that takes it would not count."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # glibc's
-        trim(0)
-
-
 def main(name, way, mode, n):
-    from chunkattn.cli._memory import start
-
     lib = libraries.library(name)
     function = _flat(gradients.derivative(lib, way, mode))
     point = _flat_point(lib, int(n))
     function(*(x[:64, :] for x in point))
     gc.collect()
-    _give_back()
-    meter = start(point[0])
+    _memory.give_back()
+    meter = _memory.start(point[0])
     results = function(*point)
     print(meter.rise() - nbytes(results))
 

@@ -80,4 +80,5 @@ class Case:
         """Return the sizes as the tables have them."""
         lengths = f"n={self.n_k}" if self.n_q == self.n_k else f"n_q={self.n_q} n_k={self.n_k}"
         heads = f"h={self.heads}" + (f":{self.key_heads}" if self.grouped else "")
-        return f"{lengths} {heads} d={self.d}{' causal' if self.causal else ''}"
+        dtype = "" if self.dtype == "float32" else f" {self.dtype}"
+        return f"{lengths} {heads} d={self.d}{dtype}{' causal' if self.causal else ''}"

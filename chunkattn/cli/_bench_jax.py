@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from .. import attention
+from . import _memory
 from ._bench_case import Case
 from ._bench_library import (
     Candidate,
@@ -18,6 +19,7 @@ from ._bench_library import (
     causal_chunks,
     check_memory_efficient,
     memory_efficient,
+    nbytes,
     textbook,
 )
 
@@ -25,7 +27,7 @@ Array = Any
 
 
 class Jax(Library):
-    """JAX on the CPU; its compiler plans all memory ahead, and tells."""
+    """JAX on the CPU; its compiler plans all memory ahead, but for what its kernels take."""
 
     platform = "cpu"
     implementations: tuple[str, ...] = ("xla",)
@@ -52,10 +54,11 @@ class Jax(Library):
     def candidates(self, case: Case, implementations: tuple[str, ...]) -> Iterator[Candidate]:
         """Yield chunkattn, textbook attention, jax.nn in its implementations, and others."""
         arrays = self.arrays(case)
+        count = 5 if case.backward else 3
         for name in implementations:
             ours = partial(attention, causal=case.causal, implementation=name)
-            yield Candidate(name, partial(self._way, case, arrays, ours), ours=True)
-        count = 5 if case.backward else 3
+            held = count if name == "standard" else 0
+            yield Candidate(name, partial(self._way, case, arrays, ours), True, held)
         yield Candidate("textbook", partial(self._textbook, case, arrays), score_arrays=count)
         for name in self.implementations:
             make = partial(self._nn, case, arrays, name)
@@ -105,12 +108,22 @@ class Jax(Library):
             found = result[1] if case.backward else [result]
             return [np.asarray((_turned(x) if nhd else x).astype(wide)) for x in found]
 
-        return Way(
-            lambda: jitted(*given),
-            fetch,
-            lambda: _planned_bytes(compiled),
-            wait=self.jax.block_until_ready,
-        )
+        def call() -> Any:
+            return jitted(*given)
+
+        def memory() -> int | None:
+            return self.extra_bytes(call, _planned_bytes(compiled))
+
+        return Way(call, fetch, memory, wait=self.jax.block_until_ready)
+
+    def extra_bytes(self, call: Callable[[], Any], planned: int | None) -> int | None:
+        """Return the compiler's plan, or what malloc tells where kernels take more beside it."""
+        leaves = self.jax.tree.leaves
+        found = _memory.of_malloc(call, lambda result: all(x.is_ready() for x in leaves(result)))
+        if planned is None or found is None:
+            return planned
+        peak, result = found
+        return max(planned, peak - nbytes(leaves(result)))
 
     def _visible(self, case: Case) -> Array | None:
         return self.jax.numpy.tri(case.n_q, case.n_k, dtype=bool) if case.causal else None
@@ -153,6 +166,10 @@ class JaxCuda(Jax):
         a, b = (self.jax.device_put(self.jax.numpy.ones((n, n), dtype), self.place) for _ in "ab")
         product = self.jax.jit(self.jax.numpy.matmul)
         return Gemm(lambda: product(a, b), 2.0 * n**3, self.jax.block_until_ready)
+
+    def extra_bytes(self, call: Callable[[], Any], planned: int | None) -> int | None:
+        """Return the compiler's plan."""
+        return planned
 
     def free_memory(self) -> int | None:
         """Return what the allocator may still take."""

@@ -35,11 +35,12 @@ class NumPy(Library):
     def candidates(self, case: Case, implementations: tuple[str, ...]) -> Iterator[Candidate]:
         """Yield chunkattn and textbook attention."""
         arrays = self.arrays(case)
-        for implementation in implementations:
-            make = _maker(self._way, self._ours, case, arrays, implementation)
-            yield Candidate(implementation, make, ours=True)
+        count = 4 if case.backward else 3
+        for name in implementations:
+            make = _maker(self._way, self._ours, case, arrays, name)
+            yield Candidate(name, make, True, count if name == "standard" else 0)
         make = _maker(self._way, self._textbook, case, arrays)
-        yield Candidate("textbook", make, score_arrays=4 if case.backward else 3)
+        yield Candidate("textbook", make, score_arrays=count)
 
     def gemm(self, dtype: str) -> Gemm:
         """Return a product of float32, or of float64 for float64."""
@@ -142,6 +143,8 @@ class NumPy(Library):
 
 class CuPy(NumPy):
     """CuPy on its current device."""
+
+    queues = True
 
     def __init__(self) -> None:
         self.xp = import_module("cupy")

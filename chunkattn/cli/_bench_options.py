@@ -6,6 +6,7 @@ import argparse
 import shlex
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain, zip_longest
 
 from ._bench_case import DTYPES, MODES, Case
 from ._bench_library import LIBRARIES, PEERS
@@ -65,7 +66,7 @@ def _add_ways(add: Callable[..., object]) -> None:
         type=_some(PEERS),
         default=tuple(name for name in PEERS if name != "flex"),
         metavar="LIST",
-        help=f"of {', '.join(PEERS)} (default: all but flex, which is slow on the CPU)",
+        help=f"of {', '.join(PEERS)} (default: all but flex, which takes a compiler)",
     )
     add("--rounds", type=_number, help=f"(default: {ROUNDS}; with --quick {QUICK_ROUNDS})")
     add(
@@ -85,8 +86,15 @@ def _add_files(add: Callable[..., object]) -> None:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """Return what the options ask to compute."""
+    """Return what the options ask to compute; with a budget, one case of each mode first."""
     lengths = _QUICK_LENGTHS if options.quick else _LENGTHS
+    by_mode = [_of_mode(options, mode, options.n or lengths[mode]) for mode in options.mode]
+    if not (options.quick or options.seconds):
+        return [*chain(*by_mode)]
+    return [case for some in zip_longest(*by_mode) for case in some if case is not None]
+
+
+def _of_mode(options: argparse.Namespace, mode: str, lengths: Iterable[int]) -> list[Case]:
     return [
         Case(
             mode=mode,
@@ -98,9 +106,8 @@ def cases(options: argparse.Namespace) -> list[Case]:
             dtype=options.dtype,
             causal=options.causal and mode != "decode",
         )
-        for mode in options.mode
         for d in options.dim
-        for n in options.n or lengths[mode]
+        for n in lengths
     ]
 
 

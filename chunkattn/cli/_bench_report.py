@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from .. import __version__
@@ -105,7 +106,7 @@ def as_markdown(rows: Sequence[Row], notes: Sequence[Note], command: str) -> str
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
+def plot(rows: Sequence[Row], path: Path, command: str) -> None:
     """Draw time, fraction of GEMM and memory against n, a line of panels by library and mode."""
     from matplotlib.figure import Figure
 
@@ -113,7 +114,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         {(row.library, row.case.mode) for row in rows},
         key=lambda key: (key[0], MODES.index(key[1])),
     )
-    figure = Figure(figsize=(15, 3.6 * max(1, len(groups))), layout="constrained")
+    figure = Figure(figsize=(15, 0.6 + 3.6 * max(1, len(groups))), layout="constrained")
+    figure.suptitle("\n".join(wrap(f"{command}  ({_processor()})", 150)), fontsize="small")
     panels = figure.subplots(max(1, len(groups)), len(PANELS), squeeze=False)
     for line, (library, mode) in zip(panels, groups, strict=False):
         chosen = [row for row in rows if (row.library, row.case.mode) == (library, mode)]
@@ -123,7 +125,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axes.set_xscale("log", base=2)
             lengths = sorted({row.case.n_k for row in chosen})
             axes.set_xticks(lengths, [str(n) for n in lengths])
-            if label != PANELS[1]:
+            if label == PANELS[1]:
+                axes.set_ylim(bottom=0)
+            else:
                 axes.set_yscale("log")
             axes.set_visible(axes.has_data())
         line[0].legend(fontsize="x-small")
@@ -137,7 +141,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Write a file, which appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{os.getpid()}{path.suffix}")
     try:
         save(partial)
         os.replace(partial, path)

@@ -15,7 +15,7 @@ from ._bench_library import Candidate, Gemm, NotApplicableError, Way
 
 Array = Any
 
-# Largest difference of two right results, by the largest number in them (at least 1).  jax.nn takes
+# Largest difference of two right results, by the largest number in them.  jax.nn takes
 # the softmax of float64 in float32.
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 FEWEST_ROUNDS = 3
@@ -52,8 +52,9 @@ class Row:
     samples: list[float]
     ours: list[float] | None  # chunkattn's samples, in the same rounds
     gemm: list[float]  # operations per second of the matrix product, in the same rounds
+    peak: list[float]  # the same of all cases in the library's run
     memory: int | None
-    difference: float
+    difference: float | None  # from the middle of all ways' results, where there are several
 
     @property
     def seconds(self) -> Spread:
@@ -69,19 +70,19 @@ class Row:
 
     @property
     def gemm_fraction(self) -> Spread:
-        """Operations per second by those of the matrix product, of pairs."""
-        rates = [self.case.operations / seconds for seconds in self.samples]
-        return Spread.of([a / b for a, b in zip(rates, self.gemm, strict=True)])
+        """Operations per second by the best rate of the matrix product."""
+        best = max(self.peak)
+        return Spread.of([self.case.operations / seconds / best for seconds in self.samples])
 
 
 class Note(NamedTuple):
-    """What is not in the table, and why; `wrong` where that is a wrong result."""
+    """What is not in the table, and why; `failed` where it should be."""
 
     library: str
     case: str
     way: str
     reason: str
-    wrong: bool = False
+    failed: bool = False
 
     def __str__(self) -> str:
         """Return it as one line."""
@@ -96,7 +97,7 @@ class Ready:
     ours: bool
     way: Way
     result: list[Array] = field(default_factory=list)
-    difference: float = 0.0
+    difference: float | None = None
     wrong: bool = False
 
 
@@ -113,15 +114,16 @@ def prepare(candidate: Candidate, case: Case, free: int | None) -> Ready:
         with way.context():
             result = way.fetch(way.wait(way.call()))
     except (NotApplicableError, NotImplementedError) as error:
-        raise NotApplicableError(_told(error)) from error
+        raise NotApplicableError(told(error)) from error
     except Exception as error:
         if candidate.ours:
             raise
-        raise NotApplicableError(_told(error)) from error
+        raise NotApplicableError(told(error)) from error
     return Ready(candidate.name, candidate.ours, way, result)
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
+    """Return an error as one line."""
     text = " ".join(str(error).split())
     if isinstance(error, NotApplicableError):
         return text
@@ -131,7 +133,8 @@ def _told(error: Exception) -> str:
 def check(ready: list[Ready], case: Case) -> None:
     """Compare each result with the middle of all, tell the wrong ones, and drop the results.
 
-    Of two that disagree, neither is known to be right: both are wrong.
+    Of two that disagree, neither is known to be right: both are wrong.  One alone is only known to
+    be finite and of the right shape.
     """
     import numpy as np
 
@@ -155,11 +158,12 @@ def _compare(ready: list[Ready], i: int, tolerance: float) -> None:
         return
     arrays = [one.result[i] for one in ready]
     middle = np.median(np.stack(arrays), axis=0)
-    largest = float(np.abs(middle).max(initial=1))
+    largest = float(np.abs(middle).max(initial=0))
     for one, x in zip(ready, arrays, strict=True):
         # Of two, each is half of their difference away from the middle.
         difference = float(np.abs(x - middle).max(initial=0)) * (2 if len(arrays) == 2 else 1)
-        one.difference = max(one.difference, difference)
+        if len(arrays) > 1:
+            one.difference = max(one.difference or 0.0, difference)
         one.wrong |= difference > tolerance * largest
 
 
@@ -198,17 +202,17 @@ def _counts(way: Way, each: bool) -> tuple[int, int]:
     """
     seconds = _sample(way, 0, 1, each)
     if seconds < _SAMPLE_SECONDS:
-        seconds = min(seconds, *(_sample(way, 1, 1, each) for _ in range(4)))
+        seconds = min(seconds, *(_sample(way, 1, 1, each, rest=0.0) for _ in range(4)))
     before = 0 if seconds > _LONG_SECONDS else math.ceil(_WAKE_SECONDS / seconds)
     return before, max(1, math.ceil(_SAMPLE_SECONDS / seconds))
 
 
-def _sample(way: Way, before: int, count: int, each: bool) -> float:
+def _sample(way: Way, before: int, count: int, each: bool, rest: float = _REST_SECONDS) -> float:
     """Return the mean time of `count` calls, after some `before`.
 
     They come once the threads of the way before are at rest; so are its own, which have to wake.
     """
-    sleep(_REST_SECONDS)
+    sleep(rest)
     with way.context():
         for _ in range(before):
             way.wait(way.call())

@@ -41,17 +41,18 @@ class Torch(Library):
     def candidates(self, case: Case, implementations: tuple[str, ...]) -> Iterator[Candidate]:
         """Yield chunkattn, textbook attention, SDPA in its backends, and what else there is."""
         arrays = self.arrays(case)
+        count = 5 if case.backward else 3
         for name in implementations:
             ours = partial(attention, causal=case.causal, implementation=name)
-            yield Candidate(name, partial(self._way, case, arrays, ours), ours=True)
-        count = 5 if case.backward else 3
+            held = count if name == "standard" else 0
+            yield Candidate(name, partial(self._way, case, arrays, ours), True, held)
         yield Candidate("textbook", partial(self._textbook, case, arrays), score_arrays=count)
         sdpa = partial(self._way, case, arrays, self.sdpa(case))
         yield Candidate("sdpa", sdpa)
         for name, backend in self.backends.items():
             make = partial(sdpa, context=partial(self._only, backend))
             yield Candidate(f"sdpa {name}", make, score_arrays=count if name == "math" else 0)
-        yield Candidate("flex", partial(self._flex, case, arrays), score_arrays=count)
+        yield Candidate("flex", partial(self._flex, case, arrays))
         if package := memory_efficient():
             function = package.efficient_dot_product_attention_pt
             make = partial(self._memory_efficient, case, arrays, function)
@@ -145,7 +146,7 @@ class Torch(Library):
         return only
 
     def _flex(self, case: Case, arrays: dict[str, Array]) -> Way:
-        """Return FlexAttention: compiled on CUDA, as it is (and slow) on the CPU."""
+        """Return FlexAttention, compiled as its documentation asks for."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         block_mask = None
@@ -158,7 +159,7 @@ class Torch(Library):
                 case.n_k,
                 device=self.place,
             )
-        function = flex_attention if self.place == "cpu" else self.torch.compile(flex_attention)
+        function = self.torch.compile(flex_attention, dynamic=False)
         attend = partial(function, block_mask=block_mask, enable_gqa=case.grouped)
         return self._way(case, arrays, attend)
 

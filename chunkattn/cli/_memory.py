@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import sys
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -69,6 +71,46 @@ def _torch(device: Any) -> Meter:
     return Meter("allocator", lambda: cuda.max_memory_allocated(device) - before)
 
 
+def of_malloc(call: Callable[[], Any], is_ready: Callable[[Any], bool]) -> tuple[int, Any] | None:
+    """Return by how much what glibc's malloc has given out rises in one call, and its result.
+
+    It is read as often as can be until the result is there, and a short peak may be missed.  None
+    where malloc does not tell.
+    """
+    info = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
+    if info is None:  # before glibc 2.33
+        return None
+    info.restype = _MallocInfo
+
+    def held() -> int:
+        found = info()
+        return int(found.uordblks + found.hblkhd)
+
+    give_back()  # of many free chunks it would take long to see how much they are
+    before = peak = held()
+    result = call()
+    while not is_ready(result):
+        peak = max(peak, held())
+    return max(peak, held()) - before, result
+
+
+class _MallocInfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def give_back() -> None:
+    """Return what the process has freed to the system, or a call that takes it would not count."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # glibc's
+        trim(0)
+
+
 def _cupy() -> Meter:
     """Measure the pool, which keeps what it once took."""
     import cupy
@@ -108,7 +150,6 @@ def _largest_resident_set() -> Meter | None:
         from resource import RUSAGE_SELF, getrusage
     except ImportError:
         return None
-    import sys
 
     unit = 1 if sys.platform == "darwin" else 1024
     before = getrusage(RUSAGE_SELF).ru_maxrss

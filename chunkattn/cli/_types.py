@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 
 def at_least(smallest: int, text: str) -> int:
@@ -32,6 +32,8 @@ def file_in(*suffixes: str) -> Callable[[str], Path]:
 
     def parse(text: str) -> Path:
         path = Path(text)
+        if len(path.name.encode()) > 255:
+            raise argparse.ArgumentTypeError(f"the name {path.name[:20]}… is too long")
         if path.suffix.lower() not in suffixes:
             raise argparse.ArgumentTypeError(
                 f"must be the name of a file in {' or '.join(suffixes)}; got {text}"
@@ -40,8 +42,12 @@ def file_in(*suffixes: str) -> Callable[[str], Path]:
             raise argparse.ArgumentTypeError(f"{text} is a folder")
         if not path.parent.is_dir():
             raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
-        if not os.access(path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"the folder {path.parent} cannot be written to")
+        try:
+            with NamedTemporaryFile(dir=path.parent, prefix="."):
+                pass
+        except OSError as error:
+            told = f"the folder {path.parent} cannot be written to: {error.strerror}"
+            raise argparse.ArgumentTypeError(told) from error
         return path
 
     return parse

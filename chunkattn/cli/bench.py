@@ -6,11 +6,12 @@ with their quartiles in brackets; below 1, chunkattn is faster.  A way's result 
 the others' before it is timed: a wrong one is an error.  On the CPU, torch's SDPA is timed beside
 NumPy and JAX too, as the common measure.
 
-"of GEMM" is the part of the machine's rate of matrix products (NumPy's on the CPU, the library's
-own on a GPU) that is reached, where attention counts as 4 h n_q n_k d operations, half of them
-when causal, and forward and backward pass together as 3.5 times that.  Memory is the peak of one
-more call beyond its inputs and results: by tracemalloc for NumPy, PyTorch's profiler, the
-compiler's plan for JAX, the allocator on GPUs.  JAX is compiled, and compiled before it is timed.
+"of GEMM" is the part that is reached of the machine's rate of matrix products, the best of the run
+(NumPy's on the CPU, the library's own on a GPU).  Attention counts as 4 h n_q n_k d operations,
+half of them when causal, and forward and backward pass together as 3.5 times that.  Memory is the
+peak of one more call beyond its inputs and results: by tracemalloc for NumPy, PyTorch's profiler,
+the compiler's plan for JAX (by malloc where its kernels take more), the allocator on GPUs.  JAX and
+FlexAttention are compiled before they are timed.
 
 A sample has as many calls as take a fiftieth of a second.  It follows a rest, so that no threads of
 another way are awake, and calls for a twentieth of a second that wake the way's own (none where a
@@ -34,7 +35,7 @@ from ._bench_case import Case
 from ._bench_library import LIBRARIES, Candidate, Library, NotApplicableError, make
 from ._bench_options import QUICK_ROUNDS, QUICK_SECONDS, ROUNDS, add_arguments, cases, command
 from ._bench_report import as_json, as_markdown, plot, show_tables, write_text
-from ._bench_timing import Note, Ready, Row, check, in_turns, prepare
+from ._bench_timing import Note, Ready, Row, check, in_turns, prepare, told
 from ._bench_torch import Torch
 
 __all__ = ["add_arguments", "run"]
@@ -45,22 +46,28 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.heads % (arguments.key_heads or 1):
         raise UsageError("argument --key-heads: must divide --heads")
     require("bench", "numpy", "tqdm", *(["matplotlib.figure"] if arguments.plot else []))
-    bench = Bench(arguments, _libraries(arguments.libraries))
+    bench = Bench(arguments, *_libraries(arguments.libraries))
     try:
         bench.run()
     finally:  # where it is interrupted, too
-        bench.rows.sort(key=lambda row: list(bench.libraries).index(row.library))
+        bench.sort()
         show_tables(bench.rows, bench.notes)
+        if bench.rows:
+            _write(bench, arguments)
+    failed = [note for note in bench.notes if note.failed]
+    if failed:
+        raise CommandError("; ".join(map(str, failed)))
+
+
+def _write(bench: Bench, arguments: argparse.Namespace) -> None:
+    """Write the files that are asked for."""
     told = command(arguments)
     if arguments.json:
         write_text(arguments.json, as_json(bench.rows, bench.notes, told))
     if arguments.markdown:
         write_text(arguments.markdown, as_markdown(bench.rows, bench.notes, told))
     if arguments.plot:
-        plot(bench.rows, arguments.plot)
-    wrong = [note for note in bench.notes if note.wrong]
-    if wrong:
-        raise CommandError("wrong results: " + "; ".join(map(str, wrong)))
+        plot(bench.rows, arguments.plot, told)
 
 
 @dataclass
@@ -69,8 +76,9 @@ class Bench:
 
     options: argparse.Namespace
     libraries: dict[str, Library]
+    notes: list[Note]
     rows: list[Row] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
+    rates: dict[str, list[float]] = field(default_factory=dict)  # of the matrix product, by library
 
     def run(self) -> None:
         """Measure each case on each library, within the budget."""
@@ -89,8 +97,22 @@ class Bench:
                     deadline = now + (end - now) / (len(groups) - i)
                     with library.active(case.dtype), warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # of kernels that do not apply, or are slow
-                        self.measure(name, library, case, deadline)
+                        try:
+                            self.measure(name, library, case, deadline)
+                        except Exception as error:
+                            reason = f"failed: {told(error)}"
+                            self.notes.append(Note(name, _of(case), "", reason, failed=True))
                 bar.update()
+
+    def sort(self) -> None:
+        """Put the rows in the order of the libraries and of the cases."""
+        names, options = list(self.libraries), self.options
+
+        def place(row: Row) -> tuple[int, ...]:
+            mode, d = row.case.mode, row.case.d
+            return names.index(row.library), options.mode.index(mode), options.dim.index(d)
+
+        self.rows.sort(key=place)
 
     def measure(self, name: str, library: Library, case: Case, deadline: float) -> None:
         """Add the rows of one case on one library."""
@@ -103,11 +125,12 @@ class Bench:
         for one in ready:
             if one.wrong:
                 reason = f"wrong by {one.difference:.2g}, not timed"
-                self.notes.append(Note(name, _of(case), one.name, reason, wrong=True))
+                self.notes.append(Note(name, _of(case), one.name, reason, failed=True))
         ready = [one for one in ready if not one.wrong]
         rounds = self.options.rounds or (QUICK_ROUNDS if self.options.quick else ROUNDS)
         each = not library.queues or self.options.wait == "each"
         samples, gemm = in_turns(ready, library.gemm(case.dtype), rounds, deadline, each)
+        self.rates.setdefault(name, []).extend(gemm)
         ours = next((samples[one.name] for one in ready if one.ours), None)
         for one in ready:
             self.rows.append(
@@ -119,6 +142,7 @@ class Bench:
                     samples[one.name],
                     ours,
                     gemm,
+                    self.rates[name],
                     one.way.memory(),
                     one.difference,
                 )
@@ -145,21 +169,23 @@ class Bench:
         if name in ("numpy", "jax") and "sdpa" in peers:
             try:
                 torch = Torch()
-            except (ImportError, OSError):
+            except Exception:  # as in `_libraries`
                 return
             yield torch.yardstick(case)
 
 
-def _libraries(names: tuple[str, ...] | None) -> dict[str, Library]:
-    """Return the libraries of these names, or those that are there."""
-    libraries = {}
+def _libraries(names: tuple[str, ...] | None) -> tuple[dict[str, Library], list[Note]]:
+    """Return the libraries of these names, or those that are there, and which are broken."""
+    libraries, notes = {}, []
     for name in names or LIBRARIES:
         try:
             libraries[name] = make(name)
-        except (ImportError, OSError) as error:
+        except Exception as error:  # whatever an import does
             if names:
                 raise CommandError(f"cannot use {name}: {error}") from error
-    return libraries
+            if not isinstance(error, ImportError):
+                notes.append(Note(name, "", "", f"it does not import: {told(error)}"))
+    return libraries, notes
 
 
 def _of(case: Case) -> str:
