@@ -80,7 +80,8 @@ def dot_product_attention(
     ValueError
         If shapes do not fit together, or a window is negative.
     NotImplementedError
-        If `implementation` is "cudnn" and no kernel covers the request.
+        If `implementation` is "cudnn" and no kernel covers the request, such as one for the
+        residual.
 
     Notes
     -----
