@@ -20,7 +20,7 @@ from .masks import TOLD, Causal
 
 Array = Any
 
-_FORWARD = Forward(RESULTS[:1]), Forward(RESULTS)  # one object each: it is a key of compilations
+_FORWARD = Forward(RESULTS[:1]), Forward(RESULTS)  # made once, for the sake of time
 
 
 def prepared(

@@ -65,7 +65,8 @@ def gather(tile: Tile, weights: Array, value: Array) -> Array:
         return product(weights, value)
 
     def careful() -> Array:
-        seen = xp.cast(scores(replace(tile)) != -float("inf"), weights.dtype)
+        again = replace(tile)  # what a tile keeps would be traced within this branch
+        seen = xp.cast(scores(again) != -float("inf"), weights.dtype)
         out = product(weights, xp.where(xp.isfinite(value), value, xp.zeros_like(value)))
         inf, width = float("inf"), value.shape[-1]
         kinds = [(xp.isnan(value), float("nan")), (value == inf, inf), (value == -inf, -inf)]

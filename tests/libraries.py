@@ -36,6 +36,11 @@ class Library:
     def __repr__(self):
         return self.name
 
+    @property
+    def compute(self):
+        """The compute dtype of the default dtype."""
+        return "float64" if self.default == "float64" else "float32"
+
     def load(self):
         return np
 

@@ -64,11 +64,7 @@ def compare(check, answer, out, lse, partials):
     """Compare a merge whose partials were each rounded to the dtype of the inputs."""
     lib = check.lib
     answer.largest_value *= 1 + len(partials)
-    check.compare(answer, out, lse, lib.default, compute_of(lib))
-
-
-def compute_of(lib):
-    return "float64" if lib.default == "float64" else "float32"
+    check.compare(answer, out, lse, lib.default, lib.compute)
 
 
 @pytest.mark.feature("merge")
@@ -139,7 +135,7 @@ def test_online(lib, check, tokens, split, layout):
         return online.result(return_lse=True)
 
     out, lse = lib.call(stream, q, k, v)
-    check.compare(answer, out, lse, lib.default, compute_of(lib))
+    check.compare(answer, out, lse, lib.default, lib.compute)
 
 
 @pytest.mark.feature("OnlineAttention")
@@ -157,7 +153,7 @@ def test_online_causal(lib, check, tokens, split):
         return online.result(return_lse=True)
 
     out, lse = lib.call(stream, q, k, v)
-    check.compare(answer, out, lse, lib.default, compute_of(lib))
+    check.compare(answer, out, lse, lib.default, lib.compute)
 
 
 @pytest.mark.feature("OnlineAttention")
@@ -186,7 +182,7 @@ def test_online_merge(lib, check, tokens):
     before = lib.numpy(two.result())
     one.merge(two)
     np.testing.assert_array_equal(lib.numpy(two.result()), before)
-    check.compare(answer, *one.result(return_lse=True), lib.default, compute_of(lib))
+    check.compare(answer, *one.result(return_lse=True), lib.default, lib.compute)
     empty = OnlineAttention(q).merge(one)
     np.testing.assert_array_equal(lib.numpy(empty.result()), lib.numpy(one.result()))
 
