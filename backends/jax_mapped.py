@@ -78,7 +78,25 @@ class Mapped:
             found: Arrays = self.operation(xp, spec, data, inputs)
             return found
 
+        if spec.schedule.limited and list(dict(self.axis)) == ["axis_size"]:
+            return self._one_by_one(call, data, inputs)
         return self._vmap(call, data_axes, input_axes)(data, inputs)
+
+    def _one_by_one(
+        self, call: Callable[..., Arrays], data: dict[str, Any], inputs: Arrays
+    ) -> Arrays:
+        """Call for one entry after the other, since memory is limited."""
+        flat = jax.tree.leaves((data, inputs))
+
+        def entry(i: Array) -> Arrays:
+            ones = (
+                x if axis is None else jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
+                for x, axis in zip(flat, self.dims, strict=True)
+            )
+            return call(*jax.tree.unflatten(self.tree, ones))
+
+        found: Arrays = jax.lax.map(entry, jax.numpy.arange(dict(self.axis)["axis_size"]))
+        return found
 
     @property
     def tangent(self) -> Any:

@@ -119,7 +119,8 @@ def attention(
         where the smallest do not, the error says what the least is.  The limit counts gradients
         too, where they may be asked for: of PyTorch's tensors that require them, and under JAX's
         transformations.  It does not cover forward mode, second order, and what a NaN or inf behind
-        a mask takes more; under `jax.vmap` it counts one entry; and "standard" has none.
+        a mask takes more; and "standard" has none.  It is of each call under `jax.vmap`, whose
+        entries then come one after the other, unless its axis has a name.
     compute_dtype : dtype or str, optional
         float32 or float64: the dtype of scores, sums and `lse`.  Default float64 for float64
         inputs, else float32.

@@ -34,6 +34,7 @@ class Schedule:
     key_chunk: int
     block: tuple[int, ...]
     backward: Schedule | None = None
+    limited: bool = False  # whether the caller limits the memory
 
     def of_heads(self) -> Schedule:
         """Return that of a call without batch axes, for one whose batch axes have length 1."""
@@ -165,9 +166,11 @@ def schedule(
     if asked.training:
         sizes, backward = sizes._replace(alone=0), backward._replace(alone=0)
     found = _schedule(sizes, shapes, asked, limits, others)
+    limited = asked.most is not None
     if backward == sizes:
-        return found
-    return replace(found, backward=_schedule(backward, shapes, asked, limits, others))
+        return replace(found, limited=limited)
+    of_backward = _schedule(backward, shapes, asked, limits, others)
+    return replace(found, backward=of_backward, limited=limited)
 
 
 def _schedule(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -70,6 +72,34 @@ def test_jax_vmap_in_part(rng, tokens):
 
     expected = np.stack([one(q[i], int(offsets[i])) for i in range(3)])
     np.testing.assert_allclose(jax.vmap(one)(q, offsets), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 0), (0, None, None), (2, 0, None)])
+def test_jax_vmap_with_limited_memory(rng, axes):
+    """The limit is that of one entry, and the entries come one after the other."""
+    jax = pytest.importorskip("jax")
+    shape, entries = [2, 256, 16], 64
+
+    def token(axis):
+        mapped = shape if axis is None else [*shape[:axis], entries, *shape[axis:]]
+        return jax.numpy.asarray(rng.standard_normal(mapped), "float32")
+
+    arrays = list(map(token, axes))
+
+    def mapped(limit):
+        return jax.jit(jax.vmap(partial(attention, causal=True, memory_limit=limit), axes))
+
+    def gradients(limit):
+        call = partial(attention, causal=True, memory_limit=limit)
+        return jax.vmap(jax.grad(lambda *x: call(*x).sum(), argnums=(0, 1, 2)), axes)(*arrays)
+
+    for x, y in zip(gradients("500kB"), gradients(None), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+    limited, free = (mapped(limit) for limit in ("200kB", None))
+    np.testing.assert_allclose(limited(*arrays), free(*arrays), atol=1e-6)
+    held = limited.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+    of_entry = 3 * 4 * 2 * 256 * 16  # slices of query, key and value
+    assert held <= 200_000 + of_entry
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
