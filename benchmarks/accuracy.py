@@ -8,11 +8,10 @@ here too (pytest, ml_dtypes).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from machine import about, write
+from machine import about, run
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -20,7 +19,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 import libraries  # noqa: E402
 from test_accuracy import CASES, errors  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "accuracy.md"
 LIBRARIES = ("array-api-strict-2025.12", "numpy", "numpy-bfloat16", "torch", "jax")
 SMALL = 16
 HEAD = """| library | dtype | case | chunked | standard | textbook | ratio | in chunks of {SMALL} |
@@ -69,12 +67,5 @@ def report(arguments):
         yield f"| {name} | {dtype} | {case} | {told} | {ratio(found):.2f} | {found['small']:.2e} |"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    write(report(arguments), arguments.out)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__doc__, report)

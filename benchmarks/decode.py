@@ -11,15 +11,12 @@ medians, with the range of the ratios round by round.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
-from machine import about, write
+from machine import about, run
 from masks import in_turns, library, ratios
 
 from chunkattn import attention
@@ -141,13 +138,5 @@ def report(arguments):
             yield f"| {batch} | {heads[0]}:{heads[1]} | {n_q} | {case} | {way} | {cells} |"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    write(report(arguments), arguments.out)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__doc__, report, rounds=7)

@@ -18,12 +18,9 @@ milliseconds of all cores.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -31,7 +28,7 @@ import ml_dtypes  # noqa: F401  (gives NumPy bfloat16)
 import numpy as np
 import threadpoolctl
 from chunkattn.backends import _threads
-from machine import about, write
+from machine import about, run
 
 from chunkattn import attention, plan
 from chunkattn._adapters import adapter_of
@@ -252,16 +249,6 @@ def report(given):
     yield from halves(given)
 
 
-def main():
-    """Run."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--libraries", default="numpy,torch,jax", help="(default: all three)")
-    parser.add_argument("--dim", default="64,128", help="(default: 64,128)")
-    parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")
-    parser.add_argument("--out", type=Path, help="write the report here")
-    given = parser.parse_args()
-    return write(report(given), given.out)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    known = ("numpy", "torch", "jax")
+    run(__doc__, report, known, libraries=",".join(known), dim="64,128", rounds=15)

@@ -12,7 +12,6 @@ needs are needed here too (pytest, ml_dtypes).
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from itertools import product
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from machine import about, write
+from machine import about, run
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -30,7 +29,6 @@ import libraries  # noqa: E402
 import memory  # noqa: E402
 from test_gradient_accuracy import CASES, errors, rms  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "gradients.md"
 LIBRARIES = {
     "numpy": ("numpy", "numpy-bfloat16"),
     "torch": ("torch",),
@@ -186,14 +184,5 @@ def report(arguments):
     yield from of_errors()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--n", type=int, default=16384, help="length for the textbook's memory")
-    parser.add_argument("--longest", type=int, default=65536, help="length of the tiles' memory")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    write(report(arguments), arguments.out)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__doc__, report, least={"longest": 4097}, n=16384, longest=65536)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shutil
@@ -46,6 +47,28 @@ def commit():
         return []
     found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return [f"- Commit {found}"] if found else []
+
+
+def run(text, report, known=(), least=None, **options):
+    """Print the report of a benchmark whose docstring is `text`; its lines are ``report(given)``.
+
+    `options` are those of the command line with their defaults, `known` the libraries that there
+    are figures for, and `least` the smallest value of numbers by name (else 1).
+    """
+    parser = argparse.ArgumentParser(description=text.partition("\n")[0])
+    for name, x in options.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=type(x), default=x, help=f"(default: {x})")
+    parser.add_argument("--out", type=Path, help="write the report here (default: nowhere)")
+    given = parser.parse_args()
+    for name in getattr(given, "libraries", "").split(","):
+        if known and name not in known:
+            parser.error(f"argument --libraries: must be of {', '.join(known)}; got {name!r}")
+    for name, x in vars(given).items():
+        smallest = (least or {}).get(name, 1)
+        if isinstance(x, int) and x < smallest:
+            parser.error(f"argument --{name}: must be a whole number from {smallest} on; got {x}")
+    write(report(given), given.out)
 
 
 def write(lines, path):

@@ -11,16 +11,13 @@ by XLA's memory analysis (temporaries).
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 import tracemalloc
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-from machine import about, write
+from machine import about, run
 
 from chunkattn import attention, masks
 
@@ -202,15 +199,5 @@ def report(arguments):
         yield f"| {case} | {a:.2f} | {b:.2f} |"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--n", type=int, default=8192)
-    parser.add_argument("--memory-n", type=int, default=16384)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    write(report(arguments), arguments.out)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__doc__, report, n=8192, memory_n=16384, rounds=5)

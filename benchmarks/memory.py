@@ -8,17 +8,13 @@ One head of width 64 in float32.  What is counted is the most that a call holds 
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
-from machine import about, write
+from machine import about, run
 
 from chunkattn import attention
 
-RESULTS = Path(__file__).parent / "results" / "memory.md"
 SHORTEST, WIDTH = 1024, 64
 
 
@@ -46,13 +42,5 @@ def report(arguments):
         n *= 2
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--longest", type=int, default=16384)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    write(report(arguments), arguments.out)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__doc__, report, longest=16384)

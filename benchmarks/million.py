@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -20,6 +21,7 @@ from machine import about, write
 
 from chunkattn import attention
 from chunkattn.cli._memory import start
+from chunkattn.cli._types import at_least
 
 WIDTH, SAMPLES = 64, 16
 
@@ -100,9 +102,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     libraries = ("numpy", "torch", "jax", "cupy", "torch-cuda", "jax-cuda")
     parser.add_argument("--library", choices=libraries, default="numpy")
-    parser.add_argument("--n", type=int, default=2**20, help="keys (default: 1048576)")
-    parser.add_argument("--queries", type=int, help="(default: as many as keys)")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--n", type=partial(at_least, 1), default=2**20, help="keys (default: 1048576)"
+    )
+    parser.add_argument("--queries", type=partial(at_least, 1), help="(default: as many as keys)")
+    dtypes = ("float16", "bfloat16", "float32", "float64")
+    parser.add_argument("--dtype", choices=dtypes, default="float32")
     parser.add_argument("--implementation", default="chunked")
     parser.add_argument("--progress", action="store_true", default=None, help="show a bar")
     parser.add_argument("--out", type=Path, help="write the report here")

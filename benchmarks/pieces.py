@@ -9,17 +9,14 @@ medians, with the quartiles in brackets.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from importlib import import_module
 from itertools import product
-from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
 
 import numpy as np
 import threadpoolctl
-from machine import about, write
+from machine import about, run
 
 from chunkattn import attention, attention_vjp
 
@@ -79,14 +76,5 @@ def report(given):
             yield f"| {mode} | {n:,} | {d} | {told} | {middle:.2f} [{low:.2f}, {high:.2f}] |"
 
 
-def main():
-    """Run."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9, help="(default: 9)")
-    parser.add_argument("--out", type=Path, help="write the report here")
-    given = parser.parse_args()
-    return write(report(given), given.out)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__doc__, report, least={"rounds": 2}, rounds=9)

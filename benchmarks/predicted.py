@@ -12,13 +12,12 @@ is looked at as often as can be until the results are there, that of the fullest
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-from machine import about, write
+from machine import about, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import libraries
@@ -58,14 +57,5 @@ def report(given):
             yield f"\nRatios from {min(ratios):.3f} to {max(ratios):.3f}."
 
 
-def main():
-    """Run."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--libraries", default="numpy,torch,jax", help="(default: numpy,torch,jax)")
-    parser.add_argument("--out", type=Path, help="write the report here")
-    given = parser.parse_args()
-    return write(report(given), given.out)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__doc__, report, tuple(THREADS), libraries="numpy,torch,jax")

@@ -22,6 +22,8 @@ COMMAND = re.compile(r"^- Command: `python (-m chunkattn bench .*)`$", re.MULTIL
 
 def main():
     options = parsed(sys.argv[1:])
+    if not options.page.is_file():
+        sys.exit(f"there is no page {options.page}")
     count = len([s for s in sections(options.page) if COMMAND.search(s)])
     if not count:
         sys.exit(f"{options.page} has no command of the benchmark")

@@ -28,7 +28,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 import libraries  # noqa: E402
 import memory  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "schedules.md"
 SHORTEST = 2**10
 WHOLE = 2**14  # NumPy: the longest textbook, and beyond it one chunk of queries for the others
 OURS = partial(attention, implementation="chunked")
@@ -149,7 +148,7 @@ def report(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--longest", type=int, default=2**20)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="write the report here (default: nowhere)")
     parser.add_argument("--figure", type=Path, help="draw a picture here (PNG, SVG, PDF)")
     arguments = parser.parse_args()
     write(report(arguments), arguments.out)

@@ -9,16 +9,13 @@ to the default in the same round is printed: below 1 it is faster.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import numpy as np
-from machine import about, write
+from machine import about, run
 from tqdm import tqdm
 
 from chunkattn import attention, plan
@@ -95,18 +92,6 @@ def report(given):
         )
 
 
-def main():
-    """Run."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--libraries", default="numpy,torch,jax", help="(default: all three)")
-    parser.add_argument("--n", type=int, default=4096, help="(default: 4096)")
-    parser.add_argument("--heads", type=int, default=8, help="(default: 8)")
-    parser.add_argument("--dim", type=int, default=64, help="(default: 64)")
-    parser.add_argument("--rounds", type=int, default=7, help="(default: 7)")
-    parser.add_argument("--out", type=Path, help="write the report here")
-    given = parser.parse_args()
-    write(report(given), given.out)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    known = ("numpy", "torch", "jax")
+    run(__doc__, report, known, libraries=",".join(known), n=4096, heads=8, dim=64, rounds=7)
