@@ -236,20 +236,20 @@ class Plan:
         return Comparison(tuple(chosen), tuple(self._schedules(chosen)))
 
     def _schedules(self, lengths: Sequence[int]) -> Iterable[tuple[str, str, tuple[int, ...]]]:
-        known = {"heads": self.heads, "d_v": self.d_v}
+        known = {"all_heads": self.heads, "d_v": self.d_v}
 
         def column(name: str, count: Any) -> tuple[str, str, tuple[int, ...]]:
             found = [count(n) for n in lengths]
             return name, found[-1].formula, tuple(one.bytes for one in found)
 
         def textbook(n: int) -> Term:
-            return term(known | {"n": n}, "", "heads", "n", "n", number=self.number)
+            return term(known | {"n": n}, "", "all_heads", "n", "n", number=self.number)
 
         def stacked(n: int, keys: int, told: str) -> Term:
             rows, keys = min(PAPER_QUERIES, n), min(keys, n)
             summaries = -(-n // keys) * (self.d_v + 2)
             size = self.heads * rows * (keys + summaries) * self.number
-            formula = f"heads × {PAPER_QUERIES} × ({told} + n / {told} × (d_v + 2))"
+            formula = f"all_heads × {PAPER_QUERIES} × ({told} + n / {told} × (d_v + 2))"
             return Term("", f"{formula} × {self.number} B", size)
 
         yield column("textbook", textbook)

@@ -563,4 +563,13 @@ def test_plan_refuses(capsys, words, message):
 
 def test_plan_without_a_library(capsys):
     assert status("plan", "--library", "no_such_library") == 1
-    assert "cannot import no_such_library" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "cannot import no_such_library" in told
+    assert "pip install" not in told
+
+
+def test_plan_of_few_queries(capsys):
+    """Other schedules are told of as many queries as keys alone."""
+    for queries, compared in ((), True), (("--queries", 1), False):
+        assert status("plan", "--n", 2048, *queries) == 0
+        assert ("textbook: " in capsys.readouterr().out) == compared

@@ -482,7 +482,7 @@ def test_compare():
     assert found["paper, √n keys"][1] / found["paper, √n keys"][0] == pytest.approx(8, rel=0.01)
     text = str(table)
     assert "1,048,576" in text
-    assert "textbook: heads × n × n × 4 B" in text
+    assert "textbook: all_heads × n × n × 4 B" in text
     grows = plan(*long, training=True).compare([2**20])
     assert [name for name, _, _ in grows.schedules] == list(found)[:3]
 

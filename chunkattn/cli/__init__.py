@@ -52,12 +52,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def require(extra: str, *modules: str) -> None:
-    """Import `modules`, and where one is missing name the extra that brings it."""
+def require(extra: str | None, *modules: str) -> None:
+    """Import `modules`, and where one is missing name the extra that brings it, if one does."""
     for module in modules:
         try:
             import_module(module)
         except (ImportError, OSError) as error:
-            raise CommandError(
-                f"cannot import {module} ({error}); try: pip install 'chunkattn[{extra}]'"
-            ) from error
+            hint = f"; try: pip install 'chunkattn[{extra}]'" if extra else ""
+            raise CommandError(f"cannot import {module} ({error}){hint}") from error

@@ -20,6 +20,7 @@ from ._table import in_bytes, show
 from ._types import at_least, file_in
 
 _IMPLEMENTATIONS = ("auto", "chunked", "native")
+_EXTRAS = ("numpy", "torch", "jax", "cupy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the plan and the comparison, and draw the picture."""
     if arguments.heads % (arguments.key_heads or 1):
         raise UsageError("argument --key-heads: must divide --heads")
-    require(arguments.library, arguments.library)
+    name = arguments.library
+    require(name if name in _EXTRAS else None, name)
     require("demo", *(["matplotlib.figure"] if arguments.plot else []))
     found = _plan(arguments)
     print(found.heading)
@@ -63,6 +65,14 @@ def run(arguments: argparse.Namespace) -> None:
     peak = found.peak_bytes
     rows.append(("peak", "beyond inputs and outputs", in_bytes(peak), f"{peak:,}", ""))
     show(rows, headings=("", "what", "", "bytes", "formula"))
+    if arguments.queries in (None, arguments.n):
+        _show_comparison(found)
+    if arguments.plot:
+        plot(found, _chosen(arguments), arguments.plot)
+
+
+def _show_comparison(found: Any) -> None:
+    """Print other schedules of as many queries as keys beside the plan."""
     comparison = found.compare()
     names = [name for name, _, _ in comparison.schedules]
     columns = [sizes for _, _, sizes in comparison.schedules]
@@ -75,8 +85,6 @@ def run(arguments: argparse.Namespace) -> None:
     )
     for name, formula, _ in comparison.schedules:
         print(f"{name}: {formula}")
-    if arguments.plot:
-        plot(found, _chosen(arguments), arguments.plot)
 
 
 def _plan(arguments: argparse.Namespace, **sizes: int) -> Any:
