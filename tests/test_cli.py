@@ -536,11 +536,11 @@ def test_plan(capsys, no_rich):
     assert peak <= 2_000_000
     terms = [int(x.replace(",", "")) for (kind, _), x in rows.items() if kind == "call"]
     assert sum(terms) == peak
-    assert any(line.startswith("paper, √n keys: heads × 1024") for line in lines)
+    assert any(line.startswith("paper, √n keys: all_heads × 1024") for line in lines)
 
 
 def test_plan_draws(tmp_path):
-    assert status("plan", "--n", 4096, "--queries", 64, "--plot", tmp_path / "plan.png") == 0
+    assert status("plan", "--n", 4096, "--plot", tmp_path / "plan.png") == 0
     with Image.open(tmp_path / "plan.png") as picture:
         assert picture.width > 500
 
@@ -552,6 +552,7 @@ def test_plan_draws(tmp_path):
         (("--memory-limit", "x"), "memory_limit must be a positive number of bytes"),
         (("--heads", 8, "--key-heads", 3), "--key-heads: must divide --heads"),
         (("--plot", "plan.txt"), "must be the name of a file in .png or .svg"),
+        (("--queries", 64, "--plot", "plan.png"), "--plot: is of as many queries as keys"),
         (("--n", 0), "must be a whole number from 1 on"),
         (("--library", "json"), "library must be the name of an array library; got 'json'"),
     ],

@@ -51,6 +51,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the plan and the comparison, and draw the picture."""
     if arguments.heads % (arguments.key_heads or 1):
         raise UsageError("argument --key-heads: must divide --heads")
+    square = arguments.queries in (None, arguments.n)
+    if arguments.plot and not square:
+        raise UsageError("argument --plot: is of as many queries as keys")
     name = arguments.library
     require(name if name in _EXTRAS else None, name)
     require("demo", *(["matplotlib.figure"] if arguments.plot else []))
@@ -65,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     peak = found.peak_bytes
     rows.append(("peak", "beyond inputs and outputs", in_bytes(peak), f"{peak:,}", ""))
     show(rows, headings=("", "what", "", "bytes", "formula"))
-    if arguments.queries in (None, arguments.n):
+    if square:
         _show_comparison(found)
     if arguments.plot:
         plot(found, _chosen(arguments), arguments.plot)
