@@ -14,6 +14,7 @@ import pytest
 
 from chunkattn import _partition, _parts, attention, plan
 from chunkattn._request_cache import _KEPT
+from chunkattn.cli import _memory
 from chunkattn.masks import Lengths, Segments, Window
 
 torch = pytest.importorskip("torch")
@@ -357,7 +358,7 @@ def test_no_more_than_planned(case, training):
 
     with memory.torch_threads(1):
         call()  # what a first call loads is no part of it
-        peak, results = memory.of_torch_cpu(call)
+        peak, results = _memory.of_torch_cpu(call)
         planned = plan(*arrays, implementation="native", training=training, **given)
     assert planned.implementation == "native"
     assert peak - memory.nbytes(results) <= planned.peak_bytes

@@ -23,6 +23,7 @@ from chunkattn import (
     plan,
 )
 from chunkattn._checks import bytes_of
+from chunkattn.cli import _memory
 
 MODES = pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
 
@@ -221,7 +222,7 @@ def test_no_more_than_planned(name, case, training):
 
     with memory.blas_threads(1), memory.torch_threads(1) if name == "torch" else nullcontext():
         call()  # what a first call loads is no part of it
-        measure = memory.of_torch_cpu if name == "torch" else memory.of_numpy
+        measure = _memory.of_torch_cpu if name == "torch" else memory.of_numpy
         peak, results = measure(call)
         planned = plan(*arrays, training=training, **given).peak_bytes
     assert peak - memory.nbytes(results) <= planned
