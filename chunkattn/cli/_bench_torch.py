@@ -159,7 +159,8 @@ class Torch(Library):
                 case.n_k,
                 device=self.place,
             )
-        function = self.torch.compile(flex_attention, dynamic=False)
+        self.torch.compiler.reset()  # after some cases it would compile no more
+        function = self.torch.compile(flex_attention, dynamic=False, fullgraph=True)
         attend = partial(function, block_mask=block_mask, enable_gqa=case.grouped)
         return self._way(case, arrays, attend)
 
