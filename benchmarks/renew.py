@@ -22,8 +22,6 @@ COMMAND = re.compile(r"^- Command: `python (-m chunkattn bench .*)`$", re.MULTIL
 
 def main():
     options = parsed(sys.argv[1:])
-    if not options.page.is_file():
-        sys.exit(f"there is no page {options.page}")
     count = len([s for s in sections(options.page) if COMMAND.search(s)])
     if not count:
         sys.exit(f"{options.page} has no command of the benchmark")
@@ -40,7 +38,10 @@ def parsed(words):
     parser.add_argument(
         "--parts", type=lambda text: [int(x) for x in text.split(",")], help="(default: all)"
     )
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if not options.page.is_file():
+        parser.error(f"there is no page {options.page}")
+    return options
 
 
 def sections(page):
