@@ -64,15 +64,7 @@ class Mapped:
         return {name: ((size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
     def __call__(self, xp: Any, spec: Any, data: dict[str, Any], inputs: Arrays) -> Arrays:
-        """Compute; a kernel wants all of its arrays mapped."""
-        data_axes, input_axes = self.axes
-        if self.calls_kernel:
-            size = dict(self.axis)["axis_size"]
-            inputs = {
-                name: jax.numpy.broadcast_to(x, (size, *x.shape)) if input_axes[name] is None else x
-                for name, x in inputs.items()
-            }
-            input_axes = {name: axis or 0 for name, axis in input_axes.items()}
+        """Compute."""
 
         def call(data: dict[str, Any], inputs: Arrays) -> Arrays:
             found: Arrays = self.operation(xp, spec, data, inputs)
@@ -80,6 +72,14 @@ class Mapped:
 
         if spec.schedule.limited and list(dict(self.axis)) == ["axis_size"]:
             return self._one_by_one(call, data, inputs)
+        data_axes, input_axes = self.axes
+        if self.calls_kernel:  # which wants all of its arrays mapped
+            size = dict(self.axis)["axis_size"]
+            inputs = {
+                name: jax.numpy.broadcast_to(x, (size, *x.shape)) if input_axes[name] is None else x
+                for name, x in inputs.items()
+            }
+            input_axes = {name: axis or 0 for name, axis in input_axes.items()}
         return self._vmap(call, data_axes, input_axes)(data, inputs)
 
     def _one_by_one(

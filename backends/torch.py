@@ -52,7 +52,7 @@ def _flat(x: Array, lead: torch.Size) -> Array:
     return x if x.ndim == 3 else x.flatten(0, -3)
 
 
-def _merge(lengths: torch.Size, strides: tuple[int, ...]) -> bool:
+def _are_one(lengths: torch.Size, strides: tuple[int, ...]) -> bool:
     """Whether axes of these lengths are one axis in memory."""
     axes = [axis for axis in zip(lengths, strides, strict=False) if axis[0] != 1]
     return all(one[1] == two[0] * two[1] for one, two in pairwise(axes))
@@ -309,7 +309,7 @@ class Adapter(generic.Adapter):
             x = inputs[name]
             if x.stride(-1) != 1:
                 return "the kernels want contiguous rows"
-            if x.ndim > 4 and not _merge(x.shape[:-3], x.stride()):
+            if x.ndim > 4 and not _are_one(x.shape[:-3], x.stride()):
                 return "the kernels want one batch axis, which would be a copy"
         return None
 

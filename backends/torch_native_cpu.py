@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .generic import Array
 
@@ -51,12 +52,17 @@ class Flash:
         """Return the gradients of query, key and value."""
         return _backward(call, out, lse, d_out)
 
-    def doubtful(self, lse: Array) -> Array:
-        """Return whether a row may have no score but -inf, for which `lse` is 0."""
-        return (lse == 0).any()
+    def doubtful(self, lse: Array) -> Array | bool:
+        """Return whether a row may have no score but -inf, for which `lse` is 0.
+
+        Nobody looks while `make_fx` traces, which would raise.
+        """
+        return get_proxy_mode() is None and (lse == 0).any()
 
     def coarse(self, lse: Array) -> bool:
-        """Return whether the rounding of `lse`, which is relative, spoils weights."""
+        """Return whether the rounding of `lse`, which is relative, spoils weights; likewise."""
+        if get_proxy_mode() is not None:
+            return False
         low, high = map(float, lse.aminmax())
         return max(-low, high) > 1e-4 / float(torch.finfo(lse.dtype).eps)
 

@@ -49,7 +49,7 @@ def prepared(
     if isinstance(algorithm, Native):
         needed = total(terms(request, algorithm, training=training))
         if needed <= limit:
-            return request, algorithm, why
+            return request.limited(), algorithm, why
         if wanted == "native":
             raise ValueError(f"memory_limit must be at least {needed:,} bytes for this kernel")
         why = "memory_limit is less than the kernel takes"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ._adapters import common_adapter, is_array
@@ -44,6 +44,11 @@ class Request:
     inputs: dict[str, Array]
     chunks_given: bool = False
     known: dict[str, Any] = field(default_factory=dict)
+
+    def limited(self) -> Request:
+        """Return the request of a call whose memory is limited."""
+        schedule = replace(self.spec.schedule, limited=True)
+        return replace(self, spec=replace(self.spec, schedule=schedule))
 
     def apply(self, operation: Any, data: Any = None, inputs: Any = None) -> dict[str, Array]:
         """Return what an operation of `_calculus` gives for the call, with further arrays."""

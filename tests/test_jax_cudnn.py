@@ -74,3 +74,13 @@ def test_arrays_on_the_cpu(gpu):
     found = gradients(*arrays)
     for x, y in zip(found, gradients(*arrays, implementation="chunked"), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("axes", [(0, None, None), (0, 0, 0)])
+def test_vmap_with_limited_memory(gpu, axes):
+    """Entries come one after the other, whatever computes them."""
+    arrays = [tokens(lead=() if axis is None else (3,))[i] for i, axis in enumerate(axes)]
+    limited = jax.vmap(partial(attention, memory_limit="1GB"), in_axes=axes)
+    text = lowered(limited, *arrays)
+    assert "cudnn" in text
+    assert "while" in text

@@ -61,13 +61,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _write(bench: Bench, arguments: argparse.Namespace) -> None:
     """Write the files that are asked for."""
-    told = command(arguments)
+    asked = command(arguments)
     if arguments.json:
-        write_text(arguments.json, as_json(bench.rows, bench.notes, told))
+        write_text(arguments.json, as_json(bench.rows, bench.notes, asked))
     if arguments.markdown:
-        write_text(arguments.markdown, as_markdown(bench.rows, bench.notes, told))
+        write_text(arguments.markdown, as_markdown(bench.rows, bench.notes, asked))
     if arguments.plot:
-        plot(bench.rows, arguments.plot, told)
+        plot(bench.rows, arguments.plot, asked)
 
 
 @dataclass
