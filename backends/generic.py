@@ -106,12 +106,13 @@ class Adapter:
         """Return a context in which arrays are computed on the device of `x`."""
         return nullcontext()
 
-    def setting(self, like: Array) -> Any:
+    def setting(self, arrays: Sequence[Array]) -> Any:
         """Return what a call depends on beside shapes, dtypes and keywords: the device, modes.
 
-        None where that cannot be told: such a call is checked anew each time.
+        Also what `no_kernel` and `kernel` look at, and what `traced` and `watched` tell of each
+        array.  None where that cannot be told: such a call is checked anew each time.
         """
-        return self.device(like)
+        return self.device(arrays[0])
 
     def tile_sizes(self, like: Array, backward: bool = False) -> TileSizes:
         """Return the sizes of tiles that suit the device of `like` in a pass; here for a CPU."""

@@ -112,9 +112,11 @@ class Adapter(generic.Adapter):
             return None
         return frozenset(x.devices())
 
-    def setting(self, like: Array) -> Any:
-        """Return the platform, and whether there are 64-bit numbers."""
-        return self._platform(like), jax.config.jax_enable_x64
+    def setting(self, arrays: Sequence[Array]) -> Any:
+        """Return the platform, whether 64-bit numbers are on, the mesh, and which are tracers."""
+        platform = self._platform(arrays[0])
+        mesh = jax_types.explicit_mesh(arrays) if platform in jax_native.PLATFORMS else None
+        return platform, jax.config.jax_enable_x64, mesh, *map(self.traced, arrays)
 
     def tile_sizes(self, like: Array, backward: bool = False) -> TileSizes:
         """Return the sizes for the device of `like`, of a tracer for JAX's default.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import isfinite
 from typing import Any
@@ -15,22 +15,32 @@ from . import _bits, generic, torch_lifted, torch_native
 from ._functions import of_floating
 from ._sizes import OF_CPU, OF_GPU, Footprint, TileSizes
 from .generic import LOG2_E, NO_COMPLEX, SMALL, Array
-from .torch_autograd import Call, Operation, Recorded, computed, is_captured, is_fake, tensors_in
+from .torch_autograd import (
+    Call,
+    Operation,
+    Recorded,
+    computed,
+    in_autocast,
+    is_captured,
+    is_fake,
+    tensors_in,
+)
 
 
-def _is_watched(tensors: list[Array]) -> bool:
+def _is_watched(tensors: Sequence[Array]) -> bool:
     """Whether derivatives with respect to some of these may be asked for."""
     if torch.is_grad_enabled():
         for x in tensors:
             if x.requires_grad:
                 return True
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+    if torch._C._are_functorch_transforms_active() and any(map(is_wrapped, tensors)):
         return True
     if forward_ad._current_level < 0:  # spare the question, which takes longer
         return False
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
@@ -99,9 +109,20 @@ class Adapter(generic.Adapter):
         elements = torch.get_num_threads() * OF_CPU.rows * cols
         return OF_CPU._replace(cols=cols, elements=elements, shared=True)
 
-    def setting(self, like: Array) -> Any:
-        """Return the device, and how many threads there are; None where lengths may be symbols."""
-        return None if is_fake(like) else (like.device, torch.get_num_threads())
+    def setting(self, arrays: Sequence[Array]) -> Any:
+        """Return the modes, and how each tensor lies in memory and is watched.
+
+        None of tensors without values, whose lengths may be symbols.
+        """
+        query = arrays[0]
+        if query.is_meta or any(map(is_fake, arrays)):
+            return None
+        strides = [x.stride() for x in arrays]
+        watched = _is_watched(arrays) and tuple(
+            (_is_watched([x]), torch_native.is_batched(x)) for x in arrays
+        )
+        modes = torch_native.modes()
+        return query.device, torch.get_num_threads(), is_captured(query), watched, *modes, *strides
 
     def new(self, like: Array, shape: Any, fill: float, dtype: Any) -> Array:
         """Return a tensor of `shape` and `dtype` full of `fill`, on the device of `like`."""
@@ -247,10 +268,10 @@ class Adapter(generic.Adapter):
 
     def promoted(self, tokens: dict[str, Array]) -> dict[str, Array]:
         """Cast to the dtype of a surrounding `torch.autocast`, as PyTorch's own attention does."""
-        device = tokens["query"].device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
+        query = tokens["query"]
+        if not in_autocast(query):
             return tokens
-        dtype = torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(query.device.type)
         return {
             name: x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
             for name, x in tokens.items()

@@ -29,6 +29,12 @@ def is_captured(x: Array) -> bool:
     return bool(x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def in_autocast(x: Array) -> bool:
+    """Whether `torch.autocast` holds where `x` lives."""
+    device = "cpu" if x.is_cpu else x.device.type  # spare a CPU the question, which takes longer
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def computed(
     adapter: Any,
     operation: Any,
@@ -45,14 +51,14 @@ def computed(
     if is_shape(like):
         shapes = operation.shapes(spec, inputs)
         return {name: like.new_empty(shape, dtype=t) for name, (shape, t) in shapes.items()}
-    device = like.device.type
-    mixed = torch.is_autocast_enabled(device)
+    mixed = in_autocast(like)
     recorded = torch.is_grad_enabled() and (watched or not operation.calls_kernel)
     found: dict[str, Array]
     if not (recorded or mixed):  # spare the contexts
         found = operation(adapter, spec, data, inputs)
         return found
-    with torch.no_grad(), torch.autocast(device, enabled=False) if mixed else nullcontext():
+    plain = torch.autocast(like.device.type, enabled=False) if mixed else nullcontext()
+    with torch.no_grad(), plain:
         found = operation(adapter, spec, data, inputs)
     return found
 
@@ -94,6 +100,7 @@ class _Place(int):
 
 
 _NO_TENSORS = frozenset({type(None), bool, int, float})
+_NOTHING = ()
 
 
 def tensors_in(x: Any) -> list[Array]:
@@ -106,7 +113,7 @@ def tensors_in(x: Any) -> list[Array]:
         return []
     found: list[Array] = []
     for y in x:
-        if type(y) in _NO_TENSORS:  # spare them the question, which takes longer
+        if type(y) in _NO_TENSORS or y is _NOTHING:  # spare them the question, which takes longer
             continue
         if isinstance(y, dict | tuple | list):
             found += tensors_in(y)

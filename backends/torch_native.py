@@ -64,10 +64,9 @@ def choose(call: Any, adds: bool) -> tuple[Kernel | Flash | None, bool, str]:
     `adds` says whether an array will be added to the scores, which is done in the compute dtype.
     """
     query, key, value, causal, scale, _ = call
-    if _wrapped(query) or _wrapped(key) or _wrapped(value):
-        query, key, value = map(_bare, (query, key, value))
-        if _wrapped(query) or _wrapped(key) or _wrapped(value):
-            return None, False, "the kernels do not know torch.vmap"
+    if is_batched(query) or is_batched(key) or is_batched(value):
+        return None, False, "the kernels do not know torch.vmap"
+    query, key, value = map(_bare, (query, key, value))
     device, d = query.device.type, query.shape[-1]
     if value.shape[-1] != d:
         return None, False, "the kernels want values as wide as the keys"
@@ -109,7 +108,22 @@ def _choice(
     return number
 
 
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_PRIORITY = getattr(torch._C, "_get_sdp_priority_order", tuple)  # not in PyTorch before 2.6
+_FLAGS = [getattr(torch._C, name) for name in dir(torch._C) if name.endswith("_sdp_enabled")]
+
+
+def modes() -> tuple[Any, ...]:
+    """Return what PyTorch's choice depends on beside the tensors."""
+    flags = [flag() for flag in _FLAGS]
+    return torch.are_deterministic_algorithms_enabled(), *flags, *_PRIORITY()
+
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def is_batched(x: Array) -> bool:
+    """Whether `torch.vmap` maps over the tensor."""
+    return bool(_is_wrapped(x) and _is_wrapped(_bare(x)))
 
 
 def _bare(x: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from ._calculus import RESULTS, Forward
@@ -20,8 +19,6 @@ from .masks import TOLD, Causal
 
 Array = Any
 
-_FORWARD = Forward(RESULTS[:1]), Forward(RESULTS)  # made once, for the sake of time
-
 
 def prepared(
     tokens: tuple[Array, Array, Array],
@@ -37,7 +34,7 @@ def prepared(
     """
     limit, wanted = bytes_of(memory_limit), given["implementation"]
     given = given | {"training": bool(training)}
-    request = make_request(*tokens, **given)
+    request = make_request(tokens, given)
     algorithm, why = operation(request, wanted, **asked)
     if limit is None:
         return request, algorithm, why
@@ -58,7 +55,7 @@ def prepared(
     while most * number > limit and most > SMALLEST**2:  # the scores alone would be too many
         most //= 2
     while True:
-        request = make_request(*tokens, **given | {"implementation": "chunked"}, most=most)
+        request = make_request(tokens, given | {"implementation": "chunked", "most": most})
         algorithm, _ = operation(request, "chunked", **asked)
         needed = total(terms(request, algorithm, training=training))
         if needed <= limit:
@@ -86,8 +83,21 @@ def operation(
     `reports` says whether progress is reported, which no kernel does; `bias_gradient` that the
     gradient of a bias may be asked for, beside what the arrays tell.
     """
+    asked = implementation, return_lse, reports, bias_gradient
+    if asked not in request.known:
+        request.known[asked] = _operation(request, *asked)
+    found: tuple[Any, str] = request.known[asked]
+    return found
+
+
+def _operation(
+    request: Request, implementation: str, return_lse: bool, reports: bool, bias_gradient: bool
+) -> tuple[Any, str]:
+    """Work out what `operation` returns."""
+    # A traced call may be differentiated, and then needs all results.
+    tiles = Forward(RESULTS[: 1 + (return_lse or request.xp.traced(request.inputs))])
     if implementation not in ("auto", "native"):
-        return _tiles(request, return_lse), f"implementation={implementation!r}"
+        return tiles, f"implementation={implementation!r}"
     kernel, better, parts, why = _kernel(request, bias_gradient)
     if kernel is not None and reports:
         kernel, why = None, "no kernel reports progress"
@@ -104,19 +114,10 @@ def operation(
         elif kernel is not None and exact and return_lse:
             better, why = False, "gradients with lse are the tiles', which hold more beside copies"
         if kernel is None or not better:
-            return _tiles(request, return_lse), why
+            return tiles, why
     causal = parts is None and bool(_causal(request.spec, request.data))
-    return _native(why, kernel, causal, request.data["scale"], return_lse, exact, parts)
-
-
-@lru_cache
-def _native(why: str, *args: Any) -> tuple[Native, str]:
-    return Native(*args), f"{args[0]}: {why}"
-
-
-def _tiles(request: Request, return_lse: bool) -> Forward:
-    """Return the algorithm; a traced call may be differentiated, and then needs all results."""
-    return _FORWARD[return_lse or request.xp.traced(request.inputs)]
+    scale = request.data["scale"]
+    return Native(kernel, causal, scale, return_lse, exact, parts), f"{kernel}: {why}"
 
 
 def _kernel(request: Request, bias_gradient: bool) -> tuple[Any, bool, Parts | None, str]:
@@ -125,23 +126,17 @@ def _kernel(request: Request, bias_gradient: bool) -> tuple[Any, bool, Parts | N
     The third is how the call is cut for it, where that is called for parts.
     """
     xp, spec, data, inputs = request.xp, request.spec, request.data, request.inputs
-    if (why := xp.no_kernel(inputs)) is not None:  # spare the look at the call
+    if (why := xp.no_kernel(inputs) or _lacking(request)) is not None:
         return None, False, None, why
     if "bias" in inputs and (bias_gradient or xp.watched(inputs["bias"])):
         return None, False, None, "no kernel has the gradient of a bias"
-    if "lacking" not in request.known:
-        request.known["lacking"] = _lacking(request)
-    if (why := request.known["lacking"]) is not None:
-        return None, False, None, why
     causal = _causal(spec, data)
     adds = causal is None or "bias" in inputs
     call = plain(xp, spec, inputs, not adds and causal is True, data["scale"])
     kernel, better, why = xp.kernel(call, adds)
     if kernel is None or not adds:
         return kernel, better, None, why
-    if "parts" not in request.known:
-        request.known["parts"] = parts_of(request)
-    parts = request.known["parts"]
+    parts = parts_of(request)
     if parts is None:
         return None, False, None, "the smallest array that is added to scores would be large"
     if not beats_tiles(request, parts):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from ._adapters import common_adapter
@@ -89,25 +88,24 @@ key_chunk_size, compute_dtype
         self._sinks = sinks
         self._summary: tuple[Array, ...] | None = None
         self._spec: Spec | None = None
-        self._request = partial(
-            make_request,
-            scale=scale,
-            causal=causal,
-            mask=mask,
-            bias=None,
-            softcap=softcap,
-            score_mod=score_mod,
-            sinks=sinks,
-            dropout=dropout,
-            dropout_seed=dropout_seed,
-            query_offset=query_offset,
-            layout=layout,
-            query_chunk_size=query_chunk_size,
-            key_chunk_size=key_chunk_size,
-            compute_dtype=compute_dtype,
-            implementation="chunked",
-            streamed=True,
-        )
+        self._given: dict[str, Any] = {
+            "scale": scale,
+            "causal": causal,
+            "mask": mask,
+            "bias": None,
+            "softcap": softcap,
+            "score_mod": score_mod,
+            "sinks": sinks,
+            "dropout": dropout,
+            "dropout_seed": dropout_seed,
+            "query_offset": query_offset,
+            "layout": layout,
+            "query_chunk_size": query_chunk_size,
+            "key_chunk_size": key_chunk_size,
+            "compute_dtype": compute_dtype,
+            "implementation": "chunked",
+            "streamed": True,
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the adapter, which belongs to the process."""
@@ -131,7 +129,8 @@ key_chunk_size, compute_dtype
         OnlineAttention
             This object; as it was before where the call failed.
         """
-        request = self._request(self._query, key, value, key_offset=self._next_key)
+        given = self._given | {"key_offset": self._next_key}
+        request = make_request((self._query, key, value), given)
         spec = self._joined("key and value", request.spec)
         found = request.apply(Forward())
         arrays = {"results": (found["out"], found["lse"])}

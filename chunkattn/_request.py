@@ -43,7 +43,7 @@ class Request:
     data: dict[str, Any]
     inputs: dict[str, Array]
     chunks_given: bool = False
-    known: dict[str, Any] = field(default_factory=dict)
+    known: dict[Any, Any] = field(default_factory=dict)
 
     def limited(self) -> Request:
         """Return the request of a call whose memory is limited."""

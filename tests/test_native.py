@@ -397,6 +397,47 @@ def test_no_kernel_is_allowed(rng, caplog):
     assert caplog.messages[-1] == "chunked: PyTorch has only its textbook attention for it"
 
 
+def test_what_is_kept_of_a_choice(rng, caplog):
+    """Calls of the same shapes and keywords differ in what no shape tells."""
+    torch = pytest.importorskip("torch")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = tokens(libraries.library("torch"), rng, "float32")
+    scattered = v.mT.contiguous().mT
+    bias = torch.zeros(64, 64)
+    watched = torch.zeros(64, 64, requires_grad=True)
+
+    def told(*arrays, **keywords):
+        caplog.clear()
+        attention(*arrays, **keywords)
+        return caplog.messages[-1]
+
+    def told_within(x):
+        mapped.append(told(x, k, v))
+        return x.sum()
+
+    mapped = []
+    flash = "flash attention for CPU: as fast as PyTorch's attention is"
+    rows = "chunked: the kernels want contiguous rows"
+    gradient = "chunked: no kernel has the gradient of a bias"
+    textbook = "chunked: PyTorch has only its textbook attention for it"
+    entries = "chunked: the kernels do not know torch.vmap"
+    with caplog.at_level(logging.DEBUG, "chunkattn"):
+        for _ in range(2):
+            assert flash in told(q, k, v)
+            assert told(q, k, scattered) == rows
+            assert flash in told(q, k, v, bias=bias)
+            assert told(q, k, v, bias=watched) == gradient
+            with torch.no_grad():
+                assert flash in told(q, k, v, bias=watched)
+            with sdpa_kernel(SDPBackend.MATH):
+                assert told(q, k, v) == textbook
+            torch.vmap(told_within)(q[None])
+            assert mapped[-1] == entries
+            torch.func.grad(told_within)(q)
+            assert flash in mapped[-1]
+
+
 def test_batch_axes_that_do_not_merge(rng, caplog):
     """As one axis they would be a copy, which no plan counts."""
     pytest.importorskip("torch")
