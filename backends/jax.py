@@ -24,13 +24,8 @@ _anywhere.def_vmap(lambda size, batched, test: (_anywhere(jnp.any(test, axis=0))
 
 
 @functools.lru_cache
-def _compiled(algorithm: Callable[..., Any], adapter: Adapter) -> Any:
-    return jax.jit(functools.partial(algorithm, adapter), static_argnums=0)
-
-
-@functools.lru_cache
-def _operations(function: Callable[..., Any], adapter: Adapter) -> Any:
-    return jax.jit(functools.partial(function, adapter), static_argnums=(0, 1))
+def _jitted(function: Callable[..., Any], adapter: Adapter, *static: int) -> Any:
+    return jax.jit(functools.partial(function, adapter), static_argnums=static)
 
 
 def _call(adapter: Adapter, operation: Any, spec: Any, *arrays: Any) -> Any:
@@ -250,7 +245,7 @@ class Adapter(generic.Adapter):
 
     def run(self, algorithm: Any, spec: Any, arrays: dict[str, Any]) -> tuple[Array, ...]:
         """Call the algorithm compiled; the compilation is kept for equal shapes and keywords."""
-        return tuple(_compiled(algorithm, self)(spec, arrays))
+        return tuple(_jitted(algorithm, self, 0)(spec, arrays))
 
     def footprint(self, like: Array) -> Footprint:
         """Return what XLA's kernels take on a CPU: Eigen packs the operands of products."""
@@ -338,7 +333,7 @@ class Adapter(generic.Adapter):
         The compilation is kept for equal shapes and keywords.
         """
         function = jax_primitive.apply if self.traced((data, inputs)) else _call
-        compiled = _kept(_operations, operation, spec)(function, self)
+        compiled = _kept(_jitted, operation, spec)(function, self, 0, 1)
         found: dict[str, Array] = compiled(operation, spec, data, inputs)
         if operation.done is not None:
             jax.block_until_ready(found)

@@ -347,12 +347,10 @@ class Adapter(generic.Adapter):
         A call of `attention` is one operator to it, and does not come here before it runs; other
         entry points do.
         """
-        if torch.compiler.is_compiling():
-            found: dict[str, Array] = torch.compiler.disable(self._apply)(
-                operation, spec, data, inputs
-            )
-            return found
-        return self._apply(operation, spec, data, inputs)
+        traced = torch.compiler.is_compiling()
+        apply = torch.compiler.disable(self._apply) if traced else self._apply
+        found: dict[str, Array] = apply(operation, spec, data, inputs)
+        return found
 
     def _apply(
         self, operation: Any, spec: Any, data: dict[str, Any], inputs: dict[str, Array]

@@ -16,11 +16,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 from statistics import median
 from time import perf_counter, sleep
 
-from machine import about, write
+from machine import about, add_out, write
+
+from chunkattn.cli._types import at_least
 
 LENGTHS = (1024, 2048, 4096)
 REST = 0.3
@@ -73,8 +75,8 @@ def report(given):
 def main():
     """Run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9, help="(default: 9)")
-    parser.add_argument("--out", type=Path, help="write the report here")
+    parser.add_argument("--rounds", type=partial(at_least, 1), default=9, help="(default: 9)")
+    add_out(parser)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:

@@ -240,7 +240,7 @@ def report(given):
     for library in given.libraries.split(","):
         import_module(library)
         number = cores()
-        for d in map(int, given.dim.split(",")):
+        for d in given.dim:
             found = measured(library, d, number, given.rounds)
             yield f"\n## {library}, d = {d}, {number} cores\n"
             yield "| step | ns | by the product |\n|:--|--:|--:|"
@@ -251,4 +251,4 @@ def report(given):
 
 if __name__ == "__main__":
     known = ("numpy", "torch", "jax")
-    run(__doc__, report, known, libraries=",".join(known), dim="64,128", rounds=15)
+    run(__doc__, report, known, libraries=",".join(known), dim=(64, 128), rounds=15)

@@ -11,6 +11,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from chunkattn.cli._types import at_least, file_in
+
 LIBRARIES = (
     "chunkattn",
     "array-api-compat",
@@ -25,7 +27,7 @@ LIBRARIES = (
 def about(command, arguments):
     """Return the command, the machine and the versions as Markdown lines."""
     options = " ".join(
-        f"--{name.replace('_', '-')} {value}"
+        f"--{name.replace('_', '-')} {told(value)}"
         for name, value in vars(arguments).items()
         if value is not None and name != "out"
     )
@@ -38,6 +40,16 @@ def about(command, arguments):
             *commit(),
         ]
     )
+
+
+def told(value):
+    """Return the value of an option as it is given."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def numbers(text):
+    """Return positive whole numbers that are given with commas between them."""
+    return tuple(at_least(1, word) for word in text.split(","))
 
 
 def commit():
@@ -58,8 +70,9 @@ def run(text, report, known=(), least=None, **options):
     parser = argparse.ArgumentParser(description=text.partition("\n")[0])
     for name, x in options.items():
         option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=type(x), default=x, help=f"(default: {x})")
-    parser.add_argument("--out", type=Path, help="write the report here (default: nowhere)")
+        kind = numbers if isinstance(x, tuple) else type(x)
+        parser.add_argument(option, type=kind, default=x, help=f"(default: {told(x)})")
+    add_out(parser)
     given = parser.parse_args()
     for name in getattr(given, "libraries", "").split(","):
         if known and name not in known:
@@ -67,8 +80,15 @@ def run(text, report, known=(), least=None, **options):
     for name, x in vars(given).items():
         smallest = (least or {}).get(name, 1)
         if isinstance(x, int) and x < smallest:
-            parser.error(f"argument --{name}: must be a whole number from {smallest} on; got {x}")
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"argument {option}: must be a whole number from {smallest} on; got {x}")
     write(report(given), given.out)
+
+
+def add_out(parser):
+    """Add the file that a report is written to."""
+    told = "write the report here (default: nowhere)"
+    parser.add_argument("--out", type=file_in(".md"), metavar="FILE", help=told)
 
 
 def write(lines, path):

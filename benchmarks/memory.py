@@ -43,4 +43,4 @@ def report(arguments):
 
 
 if __name__ == "__main__":
-    run(__doc__, report, longest=16384)
+    run(__doc__, report, least={"longest": SHORTEST}, longest=16384)

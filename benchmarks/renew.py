@@ -25,9 +25,10 @@ def main():
     count = len([s for s in sections(options.page) if COMMAND.search(s)])
     if not count:
         sys.exit(f"{options.page} has no command of the benchmark")
-    for number in options.parts or range(1, count + 1):
-        if not 1 <= number <= count:
+    for number in options.parts or ():
+        if number > count:
             sys.exit(f"{options.page} has the parts 1 to {count}, not {number}")
+    for number in options.parts or range(1, count + 1):
         renew(options.page, number)
 
 
@@ -35,9 +36,7 @@ def parsed(words):
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("page", type=Path)
-    parser.add_argument(
-        "--parts", type=lambda text: [int(x) for x in text.split(",")], help="(default: all)"
-    )
+    parser.add_argument("--parts", type=machine.numbers, metavar="1,2,…", help="(default: all)")
     options = parser.parse_args(words)
     if not options.page.is_file():
         parser.error(f"there is no page {options.page}")
@@ -56,9 +55,8 @@ def renew(page, number):
     command = COMMAND.search(found[place])
     title = found[place].partition("\n")[0]
     print(f"{title}\n{command[1]}", file=sys.stderr, flush=True)
-    last = place == len(found) - 1
     found[place] = found[place][: command.start()] + measured(command[1], page.parent)
-    page.write_text("".join(found) if last else "".join(found).rstrip() + "\n")
+    page.write_text("".join(found).rstrip() + "\n")
 
 
 def measured(command, folder):

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import paper
-from machine import about, write
+from machine import about, add_out, write
 
 from chunkattn import ArraySpec, attention, plan
+from chunkattn.cli._types import at_least, file_in
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -147,9 +148,10 @@ def report(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--longest", type=int, default=2**20)
-    parser.add_argument("--out", type=Path, help="write the report here (default: nowhere)")
-    parser.add_argument("--figure", type=Path, help="draw a picture here (PNG, SVG, PDF)")
+    parser.add_argument("--longest", type=partial(at_least, SHORTEST), default=2**20)
+    add_out(parser)
+    figure = file_in(".png", ".svg", ".pdf")
+    parser.add_argument("--figure", type=figure, metavar="FILE", help="draw a picture here")
     arguments = parser.parse_args()
     write(report(arguments), arguments.out)
 

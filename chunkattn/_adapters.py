@@ -41,6 +41,8 @@ _BY_CLASS: dict[type, Any] = {}
 def is_array(x: Any) -> bool:
     """Whether `x` is an array of a library that attention can take."""
     cls = type(x)
+    if isinstance(x, type):  # NumPy's scalar classes look like arrays, and all share one class
+        return False
     if compiling():  # spare the compiler a look at caches, on which the compiled code would depend
         from ._compiled import is_tensor
 

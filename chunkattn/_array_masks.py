@@ -83,6 +83,9 @@ class Segments(Mask):
 
     def check(self, xp: Any, shapes: Shapes) -> None:
         """Refuse ids that are not integers, one for each query and key."""
+        if self.key is None and shapes.n_q != shapes.n_k:
+            lengths = f"n_q = {shapes.n_q} and n_k = {shapes.n_k}"
+            raise ValueError(f"Segments: key must be given where {lengths} differ")
         for name, ids, n in (("query", self.query, shapes.n_q), ("key", self._keys, shapes.n_k)):
             shapes.check_integers(xp, f"Segments: {name}", ids, (*shapes.batch, n), n)
 
@@ -157,6 +160,10 @@ class Dense(Mask):
 
     positional = False
     tile_arrays = 0  # it is a view
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.allowed, "dtype"):
+            raise TypeError(f"Dense: allowed must be a boolean array; got {self.allowed!r:.80}")
 
     def check(self, xp: Any, shapes: Shapes) -> None:
         """Refuse an array that is not boolean or does not broadcast to the scores."""

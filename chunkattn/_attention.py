@@ -134,7 +134,8 @@ def attention(
     return_lse : bool, default False
         Whether to return ``(out, lse)``.
     progress : bool or callable(done, total), optional
-        True shows a tqdm bar; a callable is called after each chunk of queries, from any thread.
+        True shows a tqdm bar; a callable is called after each task, a chunk of queries of some
+        heads, from any thread.
         For eager calls only.
 
     Returns

@@ -96,16 +96,10 @@ class Modified:
     def __call__(self, s: Array, *captured: Array) -> Array:
         """Return the modified scores, in the dtype of `s`."""
         after = self.mod.function(captured, s, *self.place)
-        shape = tuple(getattr(after, "shape", (None,)))
-        if broadcast([shape, tuple(s.shape)]) != tuple(s.shape):
-            got = getattr(after, "shape", type(after).__name__)
-            raise ValueError(
-                f"score_mod must return an array that broadcasts to {tuple(s.shape)}; got {got}"
-            )
-        _check_numbers(self.xp, after, "the result of score_mod")
+        self._check(after, s, "score_mod", "the result of score_mod")
         if after is s:
             return s
-        if shape != tuple(s.shape):
+        if tuple(after.shape) != tuple(s.shape):
             after = self.xp.broadcast_to(after, s.shape)
         # A copy, since what follows is done in place, and the function may have returned an array
         # of its own.
@@ -115,15 +109,19 @@ class Modified:
         """Return the derivative that the caller gave, at `s`."""
         assert self.mod.derivative is not None  # attention_vjp and attention_jvp have seen to it
         slope = self.mod.derivative(s, *self.place)
-        shape = tuple(getattr(slope, "shape", (None,)))
-        if broadcast([shape, tuple(s.shape)]) != tuple(s.shape):
-            got = getattr(slope, "shape", type(slope).__name__)
-            raise ValueError(
-                "score_mod: the derivative of a ScoreMod must return an array of a shape that "
-                f"broadcasts to {tuple(s.shape)}; got {got}"
-            )
-        _check_numbers(self.xp, slope, "score_mod: the result of the derivative of a ScoreMod")
+        told = "score_mod: the derivative of a ScoreMod"
+        self._check(slope, s, told, "score_mod: the result of the derivative of a ScoreMod")
         return self.xp.cast(slope, s.dtype)
+
+    def _check(self, x: Any, s: Array, function: str, result: str) -> None:
+        """Refuse what a function may not return for the scores `s`."""
+        wanted, shape = tuple(s.shape), getattr(x, "shape", None)
+        if shape is None or broadcast([tuple(shape), wanted]) != wanted:
+            got = type(x).__name__ if shape is None else shape
+            raise ValueError(
+                f"{function} must return an array of a shape that broadcasts to {wanted}; got {got}"
+            )
+        _check_numbers(self.xp, x, result)
 
 
 def _check_numbers(xp: Any, x: Array, name: str) -> None:

@@ -36,7 +36,7 @@ def common_dtype(xp: Any, tokens: dict[str, Array]) -> Any:
 def compute_dtype_of(xp: Any, dtype: Any, wanted: Any) -> Any:
     """Return the dtype of scores, sums and lse."""
     floats = xp.floats
-    if is_array(wanted) and not isinstance(wanted, type):
+    if is_array(wanted):
         raise TypeError(
             f"compute_dtype must be a dtype or its name; got an array of {wanted.dtype}"
         )
@@ -45,10 +45,8 @@ def compute_dtype_of(xp: Any, dtype: Any, wanted: Any) -> Any:
     for name in ("float32", "float64"):
         if name in floats and (wanted == name or floats[name] == wanted):
             return floats[name]
-    offered = " or ".join(name for name in ("float32", "float64") if name in floats)
-    raise ValueError(
-        f"compute_dtype must be None or {offered} for these {xp.name} arrays; got {wanted!r}"
-    )
+    offered = "None, float32 or float64" if "float64" in floats else "None or float32"
+    raise ValueError(f"compute_dtype must be {offered} for these {xp.name} arrays; got {wanted!r}")
 
 
 def scale_of(xp: Any, scale: Any, d: int, compute: Any) -> Any:
@@ -137,14 +135,13 @@ def whole(x: Any) -> int | None:
 
 def index(name: str, x: Any, xp: Any, batch: tuple[int, ...] = ()) -> Any:
     """Return `x` as an int, or as it is where it is an integer array that broadcasts to `batch`."""
-    kinds = "an int" + (" or an integer array over the batch axes" if batch else "")
+    form = f"that broadcasts to the batch axes {batch}" if batch else "without axes"
+    kinds = f"an int or an integer array {form}"
     if is_array(x):
         if not xp.is_integer(x.dtype):
             raise TypeError(f"{name} must be {kinds}; got an array of {x.dtype}")
         if broadcast([tuple(x.shape), batch]) != batch:
-            raise ValueError(
-                f"{name} must broadcast to the batch shape {batch}; got shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"{name} must be {kinds}; got shape {tuple(x.shape)}")
         return x
     if (number := whole(x)) is None:
         raise TypeError(f"{name} must be {kinds}; got {x!r}")

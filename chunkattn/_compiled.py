@@ -13,6 +13,7 @@ from ._adapters import common_adapter, loaded
 from ._attention import compute
 from ._calculus import RESULTS
 from ._choice import prepared
+from ._mask import each_of
 from ._problem import TOKENS
 from .backends import torch_compile
 from .backends.torch_compile import is_tensor as is_tensor
@@ -162,7 +163,7 @@ def _plain_masks(mask: Any) -> Given | None:
     words: list[str] = []
     widths: list[int] = []
     tensors: list[Array] = []
-    for one in mask if isinstance(mask, tuple) else () if mask is None else (mask,):
+    for one in each_of(mask):
         found = _plain_mask(one)
         if found is None:
             return None

@@ -31,7 +31,7 @@ from ._tiles import Tile
 Array = Any
 Names = tuple[str, ...]
 
-STATIC = ("masks", "query_offset", "key_offset", "dropout_seed")
+STILL = ("masks", "query_offset", "key_offset", "dropout_seed", "scale")
 
 
 class Results:
@@ -67,7 +67,7 @@ class Moved:
         tangents = {
             name.removesuffix(TANGENT): x for name, x in arrays.items() if name.endswith(TANGENT)
         }
-        same = {name: x for name, x in arrays.items() if name in STATIC or name == "scale"}
+        same = {name: x for name, x in arrays.items() if name in STILL}
         still = {
             name: problem.xp.zeros_like(arrays[name]) for name in TOKENS if name not in tangents
         }

@@ -124,7 +124,7 @@ def dot_product_attention(
     shapes = shapes_of(tokens, "nhd")
     for name, x in lengths.items():
         if x is not None:
-            shapes.check_integers(xp, name, x, shapes.batch, *shapes.batch)
+            shapes.check_integers(xp, name, x, shapes.batch, last=shapes.batch[0])
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False; got {is_causal!r}")
     implementation = "auto" if implementation is None else implementation

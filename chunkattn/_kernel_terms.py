@@ -27,13 +27,12 @@ def of_kernel(request: Request, algorithm: Native, counted: Counted, training: b
     batch = prod(spec.batch)
     shapes = (batch, heads, n_q, spec.d_v), (batch, spec.key_heads, spec.n_k, counted.d)
     exact = int(training and algorithm.exact)
-    found = [
+    return [
         *starmap(Term, kernel.scratch(*shapes, counted.number, training)),
         counted.term("lse", lse, "all_heads", "n_q"),
         counted.term("saved: out, not rounded", exact, "all_heads", "n_q", "d_v"),
         counted.term("queries of heads, and the like", copies, "all_heads", "n_q", "d"),
     ]
-    return [term for term in found if term.bytes]
 
 
 def _of_parts(
@@ -67,7 +66,7 @@ def _of_parts(
         part.term("gradients of a part", 2 * gradients * several, *keys, "d"),
     ]
     heads_as_one = nhd * int(parts.folded > 1) * (1 + 2 * gradients)
-    found = [
+    return [
         part.term("added to scores", parts.arrays, added, *pairs),
         part.term("added to scores of heads", parts.arrays, parts.copies, *pairs),
         positions,
@@ -86,7 +85,6 @@ def _of_parts(
             [*of_part, *starmap(Term, algorithm.kernel.scratch(*shapes, number, training))],
         ),
     ]
-    return [term for term in found if term.bytes]
 
 
 def once_more(algorithm: Native, counted: Counted) -> list[Term]:

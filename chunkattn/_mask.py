@@ -133,6 +133,11 @@ class Mask:
         return None
 
 
+def each_of(mask: Any) -> tuple[Any, ...]:
+    """Return what the argument `mask` holds, one by one."""
+    return mask if isinstance(mask, tuple) else () if mask is None else (mask,)
+
+
 def arrays_of(mask: Mask) -> dict[str, Array]:
     """Return the arrays that a mask holds, and the tuples of arrays, by field name."""
     values = ((field.name, getattr(mask, field.name)) for field in fields(mask))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ._array_masks import axes_of_pairs
@@ -51,11 +52,7 @@ def _with_gradients(
     operation = operation.with_residuals(spec)
     found = operation(xp, spec, data, inputs)
     bars = {name: bars.get(name, xp.zeros_like(x)) for name, x in found.items() if name in RESULTS}
-
-    def apply(operation: Any, spec: Any, data: Any, inputs: Any) -> Any:
-        return operation(xp, spec, data, inputs)
-
-    at = operation.point(apply, spec, data, inputs, found)
+    at = operation.point(partial(_called, xp), spec, data, inputs, found)
     gradients = operation.cotangent(at, bars, tuple(inputs))
     return found["out"], gradients
 
@@ -91,7 +88,7 @@ def terms(request: Request, algorithm: Any, *, training: bool, to_come: int = 0)
         threads = request.xp.at_once(request.spec.blocks)
         counted = replace(counted, spec=request.spec.backward, threads=threads)
         passes.append([*backward(counted, tuple(request.inputs)), *saved(counted)])
-    return [term for term in (*max(passes, key=total), *again) if term.bytes]
+    return [*max(passes, key=total), *again]
 
 
 def _compiled(request: Request, algorithm: Any, training: bool) -> int | None:

@@ -102,7 +102,8 @@ def _check_partials(xp: Any, arrays: list[tuple[str, Array]], layout: str) -> No
                 f"{tuple(out.shape)} in layout {layout!r}; got {tuple(x.shape)}"
             )
         if x.dtype != dtype or not is_accepted(xp, x):
-            raise TypeError(f"{name} must have the floating dtype {dtype}; got {x.dtype}")
+            wanted = dtype if dtype in xp.floats.values() else f"one of {', '.join(xp.floats)}"
+            raise TypeError(f"{name} must have the dtype {wanted}; got {x.dtype}")
 
 
 def _merge(xp: Any, form: Form, arrays: dict[str, Any]) -> tuple[Array, ...]:

@@ -36,7 +36,7 @@ key_chunk_size, compute_dtype
     query_offset : int or integer array over the batch axes, optional
         The position of query 0 among all keys to come; to be given with `Causal` and `Window`.
     key_offset : int or integer array without axes, default 0
-        The position of the first key to come.
+        The position of this stream's first key.
 
     Raises
     ------
@@ -142,7 +142,8 @@ key_chunk_size, compute_dtype
     def merge(self, other: OnlineAttention) -> OnlineAttention:
         """Take the keys that `other` has seen, of the same queries, and return self.
 
-        The positions of later updates go on from this stream's own last key.
+        Both must have been made with equal keywords, which is not checked.  The positions of later
+        updates go on from this stream's own last key.
 
         Parameters
         ----------

@@ -90,6 +90,8 @@ def plan(
     for name, x in zip(TOKENS, tokens, strict=True):
         if not (hasattr(x, "shape") and hasattr(x, "dtype")):
             raise TypeError(f"{name} must be an array or an ArraySpec; got {type(x).__name__}")
+        if any(n < 0 for n in x.shape):
+            raise ValueError(f"{name} must have axes of length 0 or more; got {tuple(x.shape)}")
 
     def planned(*tokens: Array) -> Plan:
         request, algorithm, why = prepared(tokens, given, limit, training, **asked)
@@ -98,6 +100,8 @@ def plan(
     if any(map(is_array, tokens)):
         return planned(*tokens)
     name = library or ("jax" if type(query).__module__.startswith("jax") else "numpy")
+    if not is_module(name):
+        raise ValueError(f"library must be the name of an array library; got {name!r}")
     module = import_module(_MODULES.get(name, name))
     if not hasattr(module, "zeros"):
         raise ValueError(f"library must be the name of an array library; got {name!r}")
@@ -108,9 +112,15 @@ def plan(
     return found
 
 
+def is_module(name: Any) -> bool:
+    """Whether `name` may be that of a module, as far as its letters tell."""
+    return isinstance(name, str) and all(map(str.isidentifier, name.split(".")))
+
+
 def _dtype(xp: Any, dtype: Any) -> Any:
     """Return a dtype by name, or of any library, as one of this library."""
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", str(dtype).split(".")[-1])
+    names = (getattr(dtype, word, None) for word in ("name", "__name__"))
+    name = dtype if isinstance(dtype, str) else next(filter(None, names), str(dtype).split(".")[-1])
     floats = xp.floats
     if name not in floats:
         raise TypeError(f"dtype must be one of {', '.join(floats)}; got {dtype!r}")
@@ -153,7 +163,7 @@ def _of_request(
         outputs=arrays(outputs | gradients),
         terms=tuple(one for one in found if one.bytes),
         d_v=spec.d_v,
-        heads=prod(spec.batch) * spec.heads,
+        all_heads=prod(spec.batch) * spec.heads,
         number=number_bytes(xp, spec.compute),
     )
 
@@ -176,6 +186,9 @@ class Plan:
         The arrays that come in and go out; `outputs` has the gradients with ``training=True``.
     terms : tuple of Term
         What the call holds beyond these at its fullest moment.
+    d_v, all_heads, number : int
+        The width of values, the heads of all batch entries, and the bytes of a number in the
+        compute dtype, as formulas have them.
     """
 
     library: str
@@ -189,7 +202,7 @@ class Plan:
     outputs: tuple[Term, ...]
     terms: tuple[Term, ...]
     d_v: int
-    heads: int
+    all_heads: int
     number: int
 
     @property
@@ -203,7 +216,7 @@ class Plan:
         return (
             f"attention on {self.library}: {self.implementation} ({self.why})\n"
             f"tiles of {self.query_chunk_size:,} queries × {self.key_chunk_size:,} keys, "
-            f"{self.tasks:,} tasks, {self.threads} at a time"
+            f"{self.tasks:,} task{'s' * (self.tasks > 1)}, {self.threads} at a time"
         )
 
     def __str__(self) -> str:
@@ -227,16 +240,17 @@ class Plan:
         -------
         Comparison
             Bytes of scores, weights and summaries of: textbook attention, the schedule of Rabe &
-            Staats with √n and with 4,096 keys to a chunk, and this plan, where what its tiles take
-            does not grow with the lengths (it does with gradients, say, and with kernels).
+            Staats with √n and with 4,096 keys to a chunk, and the tiles of this plan, where what
+            they take does not grow with the lengths (it does with gradients, say, and with
+            kernels).
         """
         chosen = [2**i for i in range(10, 21)] if lengths is None else list(lengths)
-        if not chosen:
-            raise ValueError("lengths must not be empty")
+        if not chosen or not all(isinstance(n, int) and n > 0 for n in chosen):
+            raise ValueError(f"lengths must be positive ints, one at least; got {lengths!r}")
         return Comparison(tuple(chosen), tuple(self._schedules(chosen)))
 
     def _schedules(self, lengths: Sequence[int]) -> Iterable[tuple[str, str, tuple[int, ...]]]:
-        known = {"all_heads": self.heads, "d_v": self.d_v}
+        known = {"all_heads": self.all_heads, "d_v": self.d_v}
 
         def column(name: str, count: Any) -> tuple[str, str, tuple[int, ...]]:
             found = [count(n) for n in lengths]
@@ -248,15 +262,17 @@ class Plan:
         def stacked(n: int, keys: int, told: str) -> Term:
             rows, keys = min(PAPER_QUERIES, n), min(keys, n)
             summaries = -(-n // keys) * (self.d_v + 2)
-            size = self.heads * rows * (keys + summaries) * self.number
-            formula = f"all_heads × {PAPER_QUERIES} × ({told} + n / {told} × (d_v + 2))"
+            size = self.all_heads * rows * (keys + summaries) * self.number
+            formula = f"all_heads × min(n, {PAPER_QUERIES}) × ({told} + n / ({told}) × (d_v + 2))"
             return Term("", f"{formula} × {self.number} B", size)
 
         yield column("textbook", textbook)
+        most = f"min(n, {PAPER_KEYS})"
         yield column("paper, √n keys", lambda n: stacked(n, isqrt(n - 1) + 1, "√n"))
-        yield column("paper, 4096 keys", lambda n: stacked(n, PAPER_KEYS, str(PAPER_KEYS)))
+        yield column(f"paper, {PAPER_KEYS} keys", lambda n: stacked(n, PAPER_KEYS, most))
         if self.implementation == "chunked" and not any(map(_grows, self.terms)):
-            yield column("this plan", lambda n: Term("", "the peak of its terms", self.peak_bytes))
+            peak = Term("", "the peak of their terms", self.peak_bytes)
+            yield column("these tiles", lambda n: peak)
 
 
 def _grows(term: Term) -> bool:

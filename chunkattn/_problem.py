@@ -138,7 +138,7 @@ class Problem:
 
     def is_shared(self, total: Array) -> bool:
         """Whether several batch entries or heads add to the same entries of `total`."""
-        lead = (*self.spec.batch, self.spec.key_heads)
+        lead = self.spec.lead
         shape = total.shape[: len(lead)] if total.ndim == self.ndim else ()
         return len(shape) < len(lead) or any(
             n == 1 and m > 1 for n, m in zip(shape, lead, strict=True)

@@ -19,7 +19,7 @@ from ._checks import (
     seed_of,
     softcap_of,
 )
-from ._mask import arrays_of, without_arrays
+from ._mask import arrays_of, each_of, without_arrays
 from ._shapes import Shapes, check_floats, shapes_of
 from ._spec import Asked, Spec, schedule
 from .masks import Causal, Dense, Mask, Predicate
@@ -171,9 +171,8 @@ def checked(
 def _masks(causal: bool, mask: Any) -> tuple[Mask, ...]:
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False; got {causal!r}")
-    given = mask if isinstance(mask, tuple) else () if mask is None else (mask,)
     masks: list[Mask] = [Causal()] if causal else []
-    for one in given:
+    for one in each_of(mask):
         if isinstance(one, type):
             raise TypeError(f"mask must be a mask, not the class {one.__name__}: call it first")
         if isinstance(one, Mask):
@@ -203,13 +202,14 @@ def _query_offset(
     if offset is None:
         if not any(mask.aligned for mask in masks) or (shapes.n_q == shapes.n_k and not streamed):
             return 0
+        names = ", ".join(type(mask).__name__ for mask in masks if mask.aligned)
         if streamed:
             raise ValueError(
-                "query_offset must be given for a stream with a Causal or Window mask: the "
-                "position of query 0 among all keys to come (0 where both begin together)"
+                f"query_offset must be given for a stream with the mask {names}: the position of "
+                "query 0 among all keys to come (0 where both begin together)"
             )
         raise ValueError(
-            "query_offset must be given where a Causal or Window mask meets "
+            f"query_offset must be given where the mask {names} meets "
             f"n_q = {shapes.n_q} and n_k = {shapes.n_k}, since libraries disagree: "
             "query_offset=0 aligns the first query with the first key (PyTorch's is_causal, JAX), "
             "query_offset=n_k - n_q = "

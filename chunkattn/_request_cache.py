@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ._adapters import common_adapter, is_array
+from ._mask import each_of
 from ._problem import TOKENS
 from ._request import Request, checked
 from .masks import TOLD, Dense
@@ -93,7 +94,7 @@ def _told_masks(mask: Any) -> tuple[tuple[Any, ...], list[dict[str, Array]]] | N
     None where that does not tell them: functions, the caller's own, and what is no mask.
     """
     forms, arrays = [], []
-    for given in mask if isinstance(mask, tuple) else () if mask is None else (mask,):
+    for given in each_of(mask):
         one = given if type(given) in TOLD or not is_array(given) else Dense(given)
         if type(one) not in TOLD:
             return None

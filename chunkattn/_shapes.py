@@ -58,9 +58,7 @@ class Shapes:
         if not xp.is_integer(x.dtype):
             raise TypeError(f"{name} must be an integer array; got {x.dtype}")
         if last is not None and (not x.shape or x.shape[-1] != last):
-            raise ValueError(
-                f"{name} must have shape (…, {last}), one for each; got {tuple(x.shape)}"
-            )
+            raise ValueError(f"{name} must have shape (…, {last}); got {tuple(x.shape)}")
         _check_broadcasts(name, x, shape)
 
 

@@ -266,6 +266,13 @@ def test_what_would_not_fit_is_left_out(capsys, monkeypatch):
     assert "textbook: its scores would need" in capsys.readouterr().out
 
 
+def test_nothing_measured(capsys, tmp_path):
+    """As no kernel is NumPy's."""
+    words = ("--implementation", "native", "--peers", "jax.nn", "--json", tmp_path / "x.json")
+    assert status("--libraries", "numpy", "--mode", "small", "--n", "64", *words) == 1
+    assert "nothing was measured" in capsys.readouterr().err
+
+
 def test_textbook_attention_of_ours_would_not_fit_either(capsys, monkeypatch):
     monkeypatch.setattr(_bench_library.Library, "free_memory", lambda self: 100)
     words = ("--implementation", "chunked,standard", "--mode", "forward")

@@ -245,9 +245,9 @@ def test_refused(lib, rng):
     q = lib.asarray(rng.standard_normal((2, 8, 4)))
     with pytest.raises(TypeError, match="score_mod must be callable; got 3"):
         attention(q, q, q, score_mod=3)
-    with pytest.raises(ValueError, match="score_mod must return an array that broadcasts"):
+    with pytest.raises(ValueError, match="score_mod must return an array of a shape"):
         attention(q, q, q, score_mod=lambda s, b, h, i, j: s[..., :3])
-    with pytest.raises(ValueError, match="score_mod must return an array that broadcasts"):
+    with pytest.raises(ValueError, match="score_mod must return an array of a shape"):
         attention(q, q, q, score_mod=lambda s, b, h, i, j: 1.0)
     four = q[None, ...]
     with pytest.raises(ValueError, match="query must have four axes"):

@@ -102,6 +102,8 @@ def test_module_runs():
         ("demo", "--sigma", "0"),
         ("demo", "--sigma", "-1"),
         ("demo", "--sigma", "nan"),
+        ("demo", "--sigma", "1e-300"),
+        ("demo", "--sigma", "1e300"),
         ("demo", "--patch", "4"),
         ("demo", "--seed", "-1"),
         ("demo", "--image", "no/such/picture.png"),
@@ -536,7 +538,13 @@ def test_plan(capsys, no_rich):
     assert peak <= 2_000_000
     terms = [int(x.replace(",", "")) for (kind, _), x in rows.items() if kind == "call"]
     assert sum(terms) == peak
-    assert any(line.startswith("paper, √n keys: all_heads × 1024") for line in lines)
+    assert any(line.startswith("paper, √n keys: all_heads × min(n, 1024)") for line in lines)
+
+
+def test_plan_within_bytes(capsys):
+    """Bytes alone are a number of bytes."""
+    assert status("plan", "--n", 256, "--memory-limit", 64000000) == 0
+    assert "peak" in capsys.readouterr().out
 
 
 def test_plan_draws(tmp_path):
@@ -552,7 +560,9 @@ def test_plan_draws(tmp_path):
         (("--memory-limit", "x"), "memory_limit must be a positive number of bytes"),
         (("--heads", 8, "--key-heads", 3), "--key-heads: must divide --heads"),
         (("--plot", "plan.txt"), "must be the name of a file in .png or .svg"),
-        (("--queries", 64, "--plot", "plan.png"), "--plot: is of as many queries as keys"),
+        (("--queries", 64, "--plot", "plan.png"), "--plot: needs --queries to be --n"),
+        (("--library", ""), "must be the name of an array library; got ''"),
+        (("--library", "../x"), "must be the name of an array library; got '../x'"),
         (("--n", 0), "must be a whole number from 1 on"),
         (("--library", "json"), "library must be the name of an array library; got 'json'"),
     ],

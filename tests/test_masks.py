@@ -382,8 +382,30 @@ def test_refused(lib, rng):
             attention(q, q, q, mask=mask)
     with pytest.raises(ValueError, match="stream"):
         OnlineAttention(q, mask=masks.Segments(ints)).update(q, q)
-    with pytest.raises(ValueError, match="query_offset must be given"):
-        attention(q, q[..., :5, :], q[..., :5, :], mask=masks.Window(2, 2))
+    few = q[..., :5, :]
+    with pytest.raises(ValueError, match="query_offset must be given where the mask Window meets"):
+        attention(q, few, few, mask=masks.Window(2, 2))
+    with pytest.raises(ValueError, match="Segments: key must be given where n_q = 19 and n_k = 5"):
+        attention(q, few, few, mask=masks.Segments(ints))
+
+
+def test_classes_are_no_arrays():
+    """NumPy's scalar classes look like arrays, and share their class with every other class."""
+
+    @dataclass(frozen=True)
+    class Odd(masks.Mask):
+        kind: type = int
+
+        def tile(self, tile):
+            return tile.kv_idx % self.kind(2) == 1
+
+    q = np.ones((4, 2))
+    attention(q, q, q, compute_dtype=np.float64)
+    assert attention(q, q, q, mask=Odd()).shape == (4, 2)
+    with pytest.raises(TypeError, match="mask must be a mask, not the class Causal: call it first"):
+        attention(q, q, q, mask=masks.Causal)
+    with pytest.raises(TypeError, match="bias must be an array"):
+        attention(q, q, q, bias=np.float32)
 
 
 @pytest.mark.parametrize(
@@ -393,6 +415,7 @@ def test_refused(lib, rng):
         (lambda: masks.Window(0, 1.5), TypeError, "right must be an int or None; got 1.5"),
         (lambda: masks.Window(True, 0), TypeError, "left must be an int or None; got True"),
         (lambda: masks.Segments([0, 1]), TypeError, "Segments: query must be an integer array"),
+        (lambda: masks.Dense([[True]]), TypeError, "Dense: allowed must be a boolean array"),
         (lambda: masks.Lengths(key=3), TypeError, "Lengths: key must be an integer array; got 3"),
         (lambda: masks.Predicate(3), TypeError, "mask_mod must be callable; got 3"),
     ],

@@ -477,10 +477,14 @@ def test_compare():
     short, long = (3 * [ArraySpec((1, n, 64))] for n in (2**14, 2**20))
     table = plan(*long).compare([2**14, 2**20])
     found = {name: sizes for name, _, sizes in table.schedules}
-    assert list(found) == ["textbook", "paper, √n keys", "paper, 4096 keys", "this plan"]
+    assert list(found) == ["textbook", "paper, √n keys", "paper, 4096 keys", "these tiles"]
     assert found["textbook"] == (2**30, 2**42)
-    assert found["this plan"] == (plan(*short).peak_bytes, plan(*long).peak_bytes)
+    assert found["these tiles"] == (plan(*short).peak_bytes, plan(*long).peak_bytes)
     assert found["paper, √n keys"][1] / found["paper, √n keys"][0] == pytest.approx(8, rel=0.01)
+    for _, formula, sizes in plan(*short).compare([64, 2**14]).schedules[:3]:
+        for n, size in zip([64, 2**14], sizes, strict=True):
+            told = formula.removesuffix(" B").replace("×", "*").replace("√n", "n ** 0.5")
+            assert eval(told, {"n": n, "all_heads": 1, "d_v": 64}) == size
     text = str(table)
     assert "1,048,576" in text
     assert "textbook: all_heads × n × n × 4 B" in text
@@ -518,6 +522,23 @@ def test_specs_refused():
         plan(tokens, np.zeros((2, 100, 8)), np.zeros((2, 100, 8)))
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
         plan(tokens, tokens, tokens, library="no_such_library")
+    for name in (".json", "../json", 3):
+        with pytest.raises(ValueError, match="library must be the name of an array library"):
+            plan(tokens, tokens, tokens, library=name)
+    for lengths in ([], [0], [1.5]):
+        with pytest.raises(ValueError, match="lengths must be positive ints"):
+            plan(tokens, tokens, tokens).compare(lengths)
+    short = ArraySpec((2, -100, 8))
+    with pytest.raises(ValueError, match="query must have axes of length 0 or more"):
+        plan(short, short, short)
+
+
+def test_dtypes_of_other_libraries():
+    """NumPy's scalar classes, which are no dtypes but name them."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    for dtype in (np.float32, np.dtype("float32"), ml_dtypes.bfloat16):
+        found = plan(*(3 * [ArraySpec((2, 100, 8), dtype)]))
+        assert found == plan(*(3 * [ArraySpec((2, 100, 8), np.dtype(dtype).name)]))
 
 
 def test_plan_computes_nothing(rng):

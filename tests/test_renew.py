@@ -58,7 +58,13 @@ def test_one_part(page):
     assert sorted(path.name for path in page.parent.iterdir()) == ["page.md", "part.png"]
 
 
+def test_the_last_part(page):
+    page.write_text(PAGE[: PAGE.index("\n## Two")])
+    assert renew(page, "--parts", "1").returncode == 0
+    assert page.read_text().rstrip() + "\n" == page.read_text()
+
+
 def test_what_fails_is_left(page):
     assert renew(page, "--parts", "2").returncode != 0
-    assert renew(page, "--parts", "3").stderr == f"{page} has the parts 1 to 2, not 3\n"
+    assert renew(page, "--parts", "1,3").stderr == f"{page} has the parts 1 to 2, not 3\n"
     assert page.read_text() == PAGE

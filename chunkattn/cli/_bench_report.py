@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from textwrap import wrap
@@ -18,6 +17,7 @@ from . import CommandError
 from ._bench_case import MODES, Case
 from ._bench_timing import Note, Row, Spread
 from ._table import in_bytes, show
+from .info import version
 
 HEADINGS = ("way", "time", "chunkattn / it", "of GEMM", "memory")
 PANELS = ("time in s", "fraction of GEMM peak", "peak extra memory in bytes")
@@ -54,14 +54,10 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def machine() -> dict[str, Any]:
     """Return what the figures were measured on."""
-    versions = {"chunkattn": __version__}
-    for name in _LIBRARIES:
-        module = sys.modules.get(name.replace("-", "_"))
-        if module is not None:
-            try:
-                versions[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:  # such as cupy, which comes as cupy-cuda12x
-                versions[name] = str(getattr(module, "__version__", "unknown"))
+    loaded = {name: sys.modules.get(name.replace("-", "_")) for name in _LIBRARIES}
+    versions = {"chunkattn": __version__} | {
+        name: version(name, module) for name, module in loaded.items() if module is not None
+    }
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),

@@ -27,6 +27,18 @@ def positive(text: str) -> float:
     return number
 
 
+def within(low: float, high: float, text: str) -> float:
+    """Return a number from `low` to `high`."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= high:
+        told = f"must be a number from {low:g} to {high:g}; got {text!r}"
+        raise argparse.ArgumentTypeError(told)
+    return number
+
+
 def file_in(*suffixes: str) -> Callable[[str], Path]:
     """Return the type of a file that can be written, which is checked before any work."""
 

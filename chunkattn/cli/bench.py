@@ -57,6 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
     failed = [note for note in bench.notes if note.failed]
     if failed:
         raise CommandError("; ".join(map(str, failed)))
+    if not bench.rows:
+        raise CommandError("nothing was measured")
 
 
 def _write(bench: Bench, arguments: argparse.Namespace) -> None:

@@ -9,16 +9,17 @@ ever there.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import CommandError, UsageError, _memory, require
+from ._bench_report import write
 from ._table import in_bytes, show
-from ._types import at_least, file_in, positive
+from ._types import at_least, file_in, within
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--sigma",
-        type=positive,
+        type=partial(within, 0.01, 1000),
         default=25.0,
         help="standard deviation of the noise that is added, in 1/255 (default: 25)",
     )
@@ -204,14 +205,7 @@ def _write(path: Path, pictures: dict[str, Array]) -> None:
         axes.imshow(picture.clip(0, 1))
         axes.set_title(title)
         axes.set_axis_off()
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, path)
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write(path, lambda partial: figure.savefig(partial, format="png"))
 
 
 def _size(text: str) -> int:

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
         [
             ("chunkattn", __version__),
             ("Python", platform.python_version()),
-            ("array-api-compat", _version("array_api_compat", array_api_compat)),
+            ("array-api-compat", version("array_api_compat", array_api_compat)),
         ]
     )
     show(
@@ -43,15 +43,16 @@ def _library(name: str) -> tuple[str, str, str, str, str]:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == name:
             return name, "not found", "", "", ""
-        return name, "broken", _version(name, None), "", _told(error)
+        return name, "broken", version(name, None), "", _told(error)
     try:
         devices = ", ".join(_DEVICES[name](module))
     except Exception as error:
         devices = _told(error)
-    return name, "found", _version(name, module), _SERVED.get(name, "generic"), devices
+    return name, "found", version(name, module), _SERVED.get(name, "generic"), devices
 
 
-def _version(distribution: str, module: Module) -> str:
+def version(distribution: str, module: Module) -> str:
+    """Return the version of a distribution, or what its module tells."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:  # such as cupy, which comes as cupy-cuda12x

@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .._plan import is_module
+from .._request import IMPLEMENTATIONS
 from . import CommandError, UsageError, require
 from ._bench_case import DTYPES
 from ._bench_report import write
 from ._table import in_bytes, show
 from ._types import at_least, file_in
 
-_IMPLEMENTATIONS = ("auto", "chunked", "native")
 _EXTRAS = ("numpy", "torch", "jax", "cupy")
 
 
@@ -27,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the shapes, the limit and the picture."""
     number = partial(at_least, 1)
     parser.add_argument("--n", type=number, default=16384, help="keys (default: 16384)")
-    parser.add_argument("--queries", type=number, help="queries (default: as many as keys)")
+    parser.add_argument(
+        "--queries",
+        type=number,
+        help="queries (default: as many as keys; else nothing is compared)",
+    )
     parser.add_argument("--batch", type=number, default=1, help="batch entries (default: 1)")
     parser.add_argument("--heads", type=number, default=8, help="query heads (default: 8)")
     parser.add_argument(
@@ -37,9 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
     parser.add_argument("--causal", action="store_true", help="with a causal mask, ends aligned")
     parser.add_argument("--training", action="store_true", help="with the gradients")
-    parser.add_argument("--library", default="numpy", help="array library (default: numpy)")
-    parser.add_argument("--implementation", choices=_IMPLEMENTATIONS, default="auto")
-    parser.add_argument("--memory-limit", metavar="BYTES", help="such as 64MB or 64MiB")
+    parser.add_argument(
+        "--library", type=_module, default="numpy", help="array library (default: numpy)"
+    )
+    parser.add_argument(
+        "--implementation",
+        choices=IMPLEMENTATIONS,
+        default="auto",
+        help="as in chunkattn.attention (default: auto)",
+    )
+    parser.add_argument(
+        "--memory-limit", type=_limit, metavar="BYTES", help="such as 64000000, 64MB or 64MiB"
+    )
     parser.add_argument("--query-chunk-size", type=number, help="(default: chosen)")
     parser.add_argument("--key-chunk-size", type=number, help="(default: chosen)")
     parser.add_argument(
@@ -53,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("argument --key-heads: must divide --heads")
     square = arguments.queries in (None, arguments.n)
     if arguments.plot and not square:
-        raise UsageError("argument --plot: is of as many queries as keys")
+        raise UsageError("argument --plot: needs --queries to be --n")
     name = arguments.library
     require(name if name in _EXTRAS else None, name)
     require("demo", *(["matplotlib.figure"] if arguments.plot else []))
@@ -72,6 +86,18 @@ def run(arguments: argparse.Namespace) -> None:
         _show_comparison(found)
     if arguments.plot:
         plot(found, _chosen(arguments), arguments.plot)
+
+
+def _module(text: str) -> str:
+    """Return the name of a module."""
+    if not is_module(text):
+        raise argparse.ArgumentTypeError(f"must be the name of an array library; got {text!r}")
+    return text
+
+
+def _limit(text: str) -> int | str:
+    """Return a number of bytes, perhaps with its unit."""
+    return int(text) if text.isdecimal() else text
 
 
 def _show_comparison(found: Any) -> None:
