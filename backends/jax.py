@@ -33,15 +33,15 @@ def _call(adapter: Adapter, operation: Any, spec: Any, *arrays: Any) -> Any:
     return jax_types.automatic(call, operation, spec)(*arrays)
 
 
-def _kept(cached: Any, operation: Any, spec: Any) -> Any:
-    """Return the cached function; itself, without the cache, for what should not be kept.
+def _is_reusable(operation: Any, spec: Any) -> bool:
+    """Whether what is compiled for an operation may be kept.
 
     Functions of the caller are equal where their traces are, and pass what they capture; where that
     cannot be told, they may have changed by the next call, or hold arrays that should not outlive
     it.
     """
     reusable = all(getattr(function, "reusable", False) for function in spec.functions)
-    return cached if reusable and operation.done is None else cached.__wrapped__
+    return reusable and operation.done is None
 
 
 @functools.lru_cache
@@ -154,6 +154,8 @@ class Adapter(generic.Adapter):
 
     def cut(self, x: Array, cuts: Sequence[generic.Cut | None]) -> Array:
         """Return a part of `x`."""
+        if not cuts:
+            return x
         parts = [(0, n) for n in x.shape]
         parts[: len(cuts)] = [cut or part for cut, part in zip(cuts, parts, strict=False)]
         starts, sizes = zip(*parts, strict=True)
@@ -262,10 +264,8 @@ class Adapter(generic.Adapter):
             else (tuple(x.shape), x.dtype, False)
             for x in leaves
         )
-        planned: int = _kept(_planned, operation, spec)(
-            self, function, operation, spec, tree, given
-        )
-        return planned
+        plan = _planned if _is_reusable(operation, spec) else _planned.__wrapped__
+        return plan(self, function, operation, spec, tree, given)
 
     def stand_in(
         self, function: Callable[..., Any], like: Array, specs: list[tuple[Any, Any]]
@@ -333,8 +333,11 @@ class Adapter(generic.Adapter):
         The compilation is kept for equal shapes and keywords.
         """
         function = jax_primitive.apply if self.traced((data, inputs)) else _call
-        compiled = _kept(_jitted, operation, spec)(function, self, 0, 1)
-        found: dict[str, Array] = compiled(operation, spec, data, inputs)
+        if _is_reusable(operation, spec):
+            compiled = functools.partial(_jitted(function, self, 0, 1), operation, spec)
+        else:  # not as static arguments, which JAX keeps
+            compiled = jax.jit(functools.partial(function, self, operation, spec))
+        found: dict[str, Array] = compiled(data, inputs)
         if operation.done is not None:
             jax.block_until_ready(found)
             jax.effects_barrier()

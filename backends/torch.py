@@ -84,7 +84,10 @@ class Adapter(generic.Adapter):
 
     def check(self, x: Array, name: str) -> None:
         """Refuse sparse, nested and distributed tensors."""
-        if type(x).__name__ == "DTensor":  # of torch.distributed, which is slow to import
+        kind = type(x).__name__
+        if kind == "MaskedTensor":
+            raise TypeError(f"{name} is a MaskedTensor; pass its data, and what it shows as `mask`")
+        if kind == "DTensor":  # of torch.distributed, which is slow to import
             raise TypeError(
                 f"{name} is a DTensor; pass its local part, {name}.to_local(): attention of shards "
                 "of batch or heads, or of replicated tensors, is that of the parts"

@@ -27,7 +27,7 @@ ARGUMENTS = {
     "query_offset_tensor": "Tensor?",
     "key_offset_tensor": "Tensor?",
     "dropout_seed_tensor": "Tensor?",
-    "mask_tensors": "Tensor[]",
+    "mask_tensors": "Tensor[]?",  # None for none: AOTInductor makes it of an empty list
     "masks": "str",
     "mask_widths": "SymInt[]?",
     "scale": "float?",
@@ -52,6 +52,12 @@ RESULTS = ("out", "lse", "low", "exact")
 INTEGERS = (int, torch.SymInt)
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 TENSOR = torch.Tensor
+try:
+    import numpy as np
+
+    NUMPY: tuple[type, ...] = np.ndarray, np.generic
+except ImportError:
+    NUMPY = ()
 DTYPES: dict[Any, str] = {"float32": "float32", "float64": "float64"}
 DTYPES |= {torch.float32: "float32", torch.float64: "float64"}
 
@@ -83,6 +89,11 @@ def elsewhere() -> bool:
 def is_tensor(x: Any) -> bool:
     """Whether `x` is a tensor."""
     return isinstance(x, TENSOR)
+
+
+def is_numpy(x: Any) -> bool:
+    """Whether `x` is a number of NumPy, which the compiler takes for an array without axes."""
+    return isinstance(x, NUMPY) and not x.shape  # type: ignore[attr-defined]
 
 
 def example() -> Array:
@@ -169,14 +180,14 @@ def _differentiate(operator: Any, of_gradients: Any) -> None:
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Array, ...]) -> None:
         ctx.set_materialize_grads(False)
-        flat = [inputs[place] for place in places if not isinstance(inputs[place], list | tuple)]
-        ctx.save_for_backward(*output, *flat, *inputs[places[-1]])
+        *alone, masks = (inputs[place] for place in places)
+        ctx.save_for_backward(*output, *alone, *(masks or ()))
         ctx.rest = inputs[places[-1] + 1 :]
 
     def back(ctx: Any, d_out: Array | None, d_lse: Array | None, *_: Any) -> tuple[Any, ...]:
         saved, first = ctx.saved_tensors, len(RESULTS)
         alone = first + len(places) - 1
-        masks = list(saved[alone:])
+        masks = list(saved[alone:]) or None
         wanted = [
             name
             for name, needs in zip(ARGUMENTS, ctx.needs_input_grad, strict=True)
@@ -186,8 +197,8 @@ def _differentiate(operator: Any, of_gradients: Any) -> None:
         found = of_gradients(d_out, d_lse, " ".join(wanted), *saved[:first], *args)
         gradients = dict(zip(wanted, found, strict=True))
         return tuple(
-            [None] * len(masks) if kind == "Tensor[]" else gradients.get(name)
-            for name, kind in ARGUMENTS.items()
+            [None] * len(masks) if masks and name == "mask_tensors" else gradients.get(name)
+            for name in ARGUMENTS
         )
 
     def refuse(ctx: Any, *_: Any) -> None:

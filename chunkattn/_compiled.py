@@ -120,6 +120,8 @@ def operands(keywords: Given) -> Given | None:
     if masks is None:
         return None
     for name in ALONE:
+        if torch_compile.is_numpy(given[name]):
+            given[name] = float(given[name]) if name == "scale" else int(given[name])
         array = is_tensor(given[name])
         given[name + SUFFIX] = given[name] if array else None
         given[name] = None if array else given[name]
@@ -170,7 +172,8 @@ def _plain_masks(mask: Any) -> Given | None:
         words.append(found[0])
         widths += found[1]
         tensors += found[2]
-    return {"masks": "; ".join(words), "mask_widths": widths or None, "mask_tensors": tensors}
+    held = {"mask_widths": widths or None, "mask_tensors": tensors or None}
+    return {"masks": "; ".join(words), **held}
 
 
 def _plain_mask(mask: Any) -> tuple[str, list[int], list[Array]] | None:
@@ -194,9 +197,9 @@ def _plain_mask(mask: Any) -> tuple[str, list[int], list[Array]] | None:
     return None
 
 
-def _masks(words: str, widths: list[int] | None, tensors: list[Array]) -> tuple[Mask, ...]:
+def _masks(words: str, widths: list[int] | None, tensors: list[Array] | None) -> tuple[Mask, ...]:
     """Undo `_plain_masks`."""
-    rest = {"none": repeat(None), "width": iter(widths or ()), "tensor": iter(tensors)}
+    rest = {"none": repeat(None), "width": iter(widths or ()), "tensor": iter(tensors or ())}
     masks = []
     for one in words.split("; ") if words else ():
         word, *kinds = one.split()

@@ -49,17 +49,17 @@ def keras_multi_head_attention() -> Any:
 
         def _compute_attention_mask(
             self, *args: Any, use_causal_mask: bool = False, **keywords: Any
-        ) -> Array | None:
-            """Return the mask but for causality, which `_compute_attention` brings."""
-            self._causal = use_causal_mask
-            return super()._compute_attention_mask(*args, use_causal_mask=False, **keywords)
+        ) -> tuple[bool, Array | None]:
+            """Return for `_compute_attention` whether it is causal, and the mask but for that."""
+            mask = super()._compute_attention_mask(*args, use_causal_mask=False, **keywords)
+            return use_causal_mask, mask
 
         def _compute_attention(
             self,
             query: Array,
             key: Array,
             value: Array,
-            attention_mask: Array | None = None,
+            attention_mask: tuple[bool, Array | None] = (False, None),
             training: bool | None = None,
             return_attention_scores: bool = False,
             **keywords: Any,
@@ -75,17 +75,18 @@ def keras_multi_head_attention() -> Any:
                     f"are known; got {tuple(query.shape)}"
                 )
             rate = self._dropout if training else 0.0
-            if attention_mask is not None:  # (B, T, S), or with an axis of heads
-                attention_mask = keras.ops.cast(attention_mask, "bool")
-                if len(attention_mask.shape) == 3:
-                    attention_mask = attention_mask[:, None]
+            causal, mask = attention_mask
+            if mask is not None:  # (B, T, S), or with an axis of heads
+                mask = keras.ops.cast(mask, "bool")
+                if len(mask.shape) == 3:
+                    mask = mask[:, None]
             out = attention(
                 query,
                 key,
                 value,
                 scale=self._inverse_sqrt_key_dim,
-                mask=attention_mask,
-                causal=self._causal,
+                mask=mask,
+                causal=causal,
                 query_offset=0,
                 dropout=rate,
                 dropout_seed=self._drawn_seed() if rate else None,

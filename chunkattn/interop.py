@@ -103,12 +103,13 @@ def scaled_dot_product_attention(
     tokens = {"query": query, "key": key, "value": value}
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False; got {is_causal!r}")
-    offset = 0
-    if attn_mask is not None and not is_causal and hasattr(attn_mask, "variant"):
-        is_causal, offset, attn_mask = True, _offset_of(attn_mask), None
+    lines = None if is_causal or not hasattr(attn_mask, "variant") else attn_mask
+    if lines is not None:  # a causal mask of `torch.nn.attention.bias`
+        is_causal, attn_mask = True, None
     given = tokens if attn_mask is None else {**tokens, "attn_mask": attn_mask}
     xp = common_adapter(list(given.items()))
     pairs = _pairs(tokens, enable_gqa)
+    offset = 0 if lines is None else _offset_of(lines, pairs)
     bias = mask = None
     if attn_mask is not None:
         if is_causal:
@@ -146,9 +147,17 @@ def scaled_dot_product_attention(
     return out[..., 0, :, :] if apart else out
 
 
-def _offset_of(mask: Any) -> int:
+def _offset_of(mask: Any, pairs: tuple[int, ...]) -> int:
     """Return the position of query 0 that a mask of `torch.nn.attention.bias` means."""
-    return 0 if mask.variant.name == "UPPER_LEFT" else mask.seq_len_kv - mask.seq_len_q
+    lengths = mask.seq_len_q, mask.seq_len_kv
+    if mask.variant.name == "UPPER_LEFT" or lengths[0] == lengths[1]:
+        return 0
+    if pairs[-2:] != lengths:
+        raise ValueError(
+            f"attn_mask is of {lengths[0]} queries and {lengths[1]} keys; got {pairs[-2]} and "
+            f"{pairs[-1]}"
+        )
+    return int(lengths[1] - lengths[0])
 
 
 def _pairs(tokens: dict[str, Array], enable_gqa: bool) -> tuple[int, ...]:

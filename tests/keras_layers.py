@@ -116,6 +116,23 @@ def model():
     assert isinstance(same.layers[-1], keras_multi_head_attention())
 
 
+def call_within_a_call():
+    """As of two threads: what one asks for is not the other's."""
+    own, theirs = layers()
+    attend = own._compute_attention
+    inner = []
+
+    def nested(*args, **keywords):
+        if not inner:
+            inner.append(None)
+            inner[0] = own(X, Y)
+        return attend(*args, **keywords)
+
+    own._compute_attention = nested
+    close(own(X, Y, use_causal_mask=True), theirs(X, Y, use_causal_mask=True))
+    close(inner[0], theirs(X, Y))
+
+
 def refuse():
     own, _ = layers()
     with pytest.raises(NotImplementedError, match="return_attention_scores must be False"):
@@ -126,6 +143,6 @@ def refuse():
 
 
 if __name__ == "__main__":
-    for step in (compare, drop, model, refuse):
+    for step in (compare, drop, model, call_within_a_call, refuse):
         step()
     sys.exit()

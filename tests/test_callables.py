@@ -167,6 +167,21 @@ def test_arguments(lib, rng):
     assert {tuple(shape[-2:]) for shape in seen} <= sizes
 
 
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_an_offset_that_is_an_array(lib, rng, lead):
+    """The axes of the batch may be none, and so may those of an offset."""
+    q = lib.asarray(rng.standard_normal((*lead, 9, 4)))
+    offset = lib.asarray(np.asarray(2))
+    for keywords in (
+        {"score_mod": lambda s, b, h, i, j: array_namespace(s).where(i >= j, s, 2 * s)},
+        {"mask": lambda b, h, i, j: i >= j},
+    ):
+        out, expected = (
+            lib.numpy(attention(q, q, q, query_offset=first, **keywords)) for first in (offset, 2)
+        )
+        np.testing.assert_array_equal(out, expected)
+
+
 @pytest.mark.feature("mask_mod and score_mod callables")
 def test_order(check, rng):
     """Softcap comes before score_mod, and that before bias and mask."""

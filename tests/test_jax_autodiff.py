@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from chunkattn.backends.jax_lifted import lift
 from jax.test_util import check_grads
 from libraries import compiled_quickly
 
-from chunkattn import OnlineAttention, attention_jvp, attention_vjp, masks
+from chunkattn import OnlineAttention, attention, attention_jvp, attention_vjp, masks
 
 ALL = (0, 1, 2)
 
@@ -183,6 +185,28 @@ def test_relu_is_compiled_once():
     seen = list(map(lifted, (2.0, 2.0, 3.0)))
     assert seen[0].reusable
     assert seen[0] == seen[1] != seen[2]
+
+
+def test_nothing_is_kept_of_functions_that_cannot_be_told():
+    """Nor of callables that are told the progress."""
+    q = jnp.ones((2, 6, 4))
+
+    def looks(array):
+        shape = jax.ShapeDtypeStruct((), array.dtype)
+        return lambda s, b, h, i, j: s + jax.pure_callback(lambda x: x, shape, array[0])
+
+    def counts(array):
+        return lambda done, total: array[0]
+
+    for name, make in (("score_mod", looks), ("progress", counts)):
+        captured = []
+        for i in range(3):
+            array = jnp.full((2,), float(i))
+            captured.append(weakref.ref(array))
+            attention(q, q, q, **{name: make(array)})
+            del array
+        gc.collect()
+        assert [x() for x in captured] == [None] * 3
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float16"])

@@ -93,6 +93,17 @@ def test_pytorchs_causal_biases(bias, calls):
     assert len(calls) == 1
 
 
+def test_a_causal_bias_of_other_lengths():
+    """PyTorch refuses it, too, but where both lengths are equal: it does not look at them then."""
+    query, key = (torch.randn(1, 2, n, 8) for n in (4, 7))
+    with pytest.raises(ValueError, match="attn_mask is of 4 queries and 9 keys; got 4 and 7"):
+        interop.scaled_dot_product_attention(query, key, key, attn_mask=causal_lower_right(4, 9))
+    mask = causal_lower_right(9, 9)
+    expected = scaled_dot_product_attention(query, key, key, attn_mask=mask)
+    ours = interop.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+    torch.testing.assert_close(ours, expected)
+
+
 def test_nesting_exceptions_and_threads(x, calls):
     def attend():
         scaled_dot_product_attention(x, x, x)

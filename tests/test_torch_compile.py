@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from inspect import signature
 
+import numpy as np
 import pytest
 import torch
 from chunkattn.backends import torch_compile
@@ -218,6 +219,24 @@ def test_numbers_that_change(tokens):
     compiled = torch.compile(windowed, backend="aot_eager", fullgraph=True)
     for width in range(1, 4):
         torch.testing.assert_close(compiled(width, 0.1 * width), windowed(width, 0.1 * width))
+
+
+def test_numbers_of_numpy(tokens):
+    """The compiler takes them for arrays."""
+    number = 1 / np.sqrt(8)
+
+    def scaled(*tokens):
+        return attention(*tokens, scale=1 / np.sqrt(tokens[0].shape[-1]))
+
+    def captured(*tokens):
+        return attention(*tokens, scale=number, causal=True)
+
+    def moved(*tokens):
+        return attention(*tokens, causal=True, query_offset=np.int64(3))
+
+    same(scaled, *tokens)
+    same(captured, *tokens)
+    torch.testing.assert_close(torch.compile(moved, backend="eager")(*tokens), moved(*tokens))
 
 
 def test_autocast_and_modes(tokens):

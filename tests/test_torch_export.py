@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,22 @@ tokens, expected = torch.load({str(tmp_path / "values.pt")!r})
 torch.testing.assert_close(program.module()(*tokens), expected)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+# PyTorch itself does what it warns of.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.parametrize("mask", [None, masks.Lengths(key=torch.tensor([4, 9]))])
+def test_compiled_ahead_of_time(tokens, tmp_path, mask):
+    if not (os.environ.get("CXX") or shutil.which("g++")):
+        pytest.skip("PyTorch's compiler finds no C++ compiler")
+    layer = Layer(causal=True, mask=mask)
+    with torch.no_grad():
+        program = torch.export.export(layer, tuple(tokens))
+    package = str(tmp_path / "layer.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=package)
+    compiled = torch._inductor.aoti_load_package(package)
+    torch.testing.assert_close(compiled(*tokens), layer(*tokens))
 
 
 def test_a_copied_package_has_operators_of_its_own(tmp_path, monkeypatch):
@@ -210,6 +227,13 @@ def test_make_fx_is_refused(tokens, mode):
 
     with pytest.raises(RuntimeError, match="data-dependent"):
         make_fx(lambda *x: attention(*x, causal=True), tracing_mode=mode)(*tokens)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+def test_masked_tensors_are_refused():
+    x = torch.masked.masked_tensor(torch.ones(4, 8), torch.ones(4, 8, dtype=torch.bool))
+    with pytest.raises(TypeError, match="query is a MaskedTensor; pass its data"):
+        attention(x, x, x)
 
 
 def test_distributed_tensors_are_refused():
