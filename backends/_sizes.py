@@ -46,8 +46,8 @@ class Footprint(NamedTuple):
         Whether these are of integers as wide as scores, at most a byte for each score at a time.
     hashes : int
         Arrays of 32-bit integers of half the size of a tile, while dropout's hash is taken.
-    saved, exact : int
-        Arrays of the shape of `lse`, and of `out` where that is rounded, from forward to backward.
+    saved : int
+        Arrays of the shape of `lse`, from forward to backward.
     buffers : int
         Numbers for each task: the library's own buffers.
     positions : int
@@ -58,6 +58,8 @@ class Footprint(NamedTuple):
         Arrays of a tile's keys that products copy, where a compiler's plan leaves that out.
     ordered : int
         Copies that a product makes of an operand whose numbers do not follow each other.
+    expands : bool
+        Whether a product copies a tile's keys for each batch entry where these share them.
     ordered_from : (int, int) or None
         Rows and multiplications from which a product copies a tile's keys, in one of several tasks.
     runs_from : int or None
@@ -71,12 +73,12 @@ class Footprint(NamedTuple):
     bits: bool = False
     hashes: int = 6
     saved: int = 3
-    exact: int = 1
     buffers: int = 8_192
     positions: int = 16_384
     objects: int = 131_072
     packed: int = 0
     ordered: int = 0
+    expands: bool = False
     ordered_from: tuple[int, int] | None = None
     runs_from: int | None = None
 

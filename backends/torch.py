@@ -250,7 +250,7 @@ class Adapter(generic.Adapter):
         """Return what PyTorch holds of its own; on CUDA its fused exponential is a new tensor."""
         powers = int(like.device.type == "cuda" and _fused_exp_difference() is not None)
         found = Footprint(weights=0, powers=powers, products=0, hashes=3, bits=like.is_cpu)
-        return found._replace(buffers=3_072, positions=0, objects=0)
+        return found._replace(buffers=3_072, positions=0, objects=0, expands=True)
 
     def watched(self, arrays: Any) -> bool:
         """Whether some tensor requires gradients or is differentiated by `torch.func`."""

@@ -174,7 +174,8 @@ def attention(
 
     A NaN or inf in a visible key or value reaches the queries that see it and no other: not even a
     NaN in `value` behind a mask, which a plain product would carry over as ``0 · NaN``.  A score of
-    -inf hides its key, whatever it comes from.
+    -inf hides its key where a mask, `bias` or `score_mod` brings it; where it comes from infinite
+    queries or keys, it may do so or count as a weight of 0.
 
     PyTorch and JAX differentiate a call as any other function, in memory linear in `n_q` and `n_k`:
     by all floating arrays, also those that `score_mod` captures, in reverse and forward mode and to

@@ -33,7 +33,8 @@ def attention_vjp(
     Returns
     -------
     out : array, or tuple of two arrays
-        What `attention` returns: ``(out, lse)`` with ``return_lse=True``.
+        What `attention` returns: ``(out, lse)`` with ``return_lse=True``.  `vjp` computes with
+        these arrays: as long as it is called, write to copies of them only.
     vjp : callable(d_out, d_lse=None)
         Takes the gradients of a loss with respect to `out` and `lse`: arrays of their shapes, or
         None for zero.  Returns those with respect to the inputs, as a dict of arrays by name, in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 from ._array_masks import axes_of_pairs
@@ -11,6 +12,7 @@ from ._calculus import RESULTS
 from ._kernel_terms import of_kernel, once_more
 from ._mask import with_arrays
 from ._native import Native
+from ._problem import TOKENS
 from ._request import Request
 from ._terms import Counted, Term, total
 from ._tile_terms import backward, forward, packing, saved, standard
@@ -107,14 +109,18 @@ def _compiled(request: Request, algorithm: Any, training: bool) -> int | None:
 def _counted(request: Request) -> Counted:
     xp, spec, data = request.xp, request.spec, request.data
     bias = request.inputs.get("bias")
+    lead = [request.inputs[name].shape[:-3] for name in TOKENS[1:]]
     return Counted(
         spec=spec,
         masks=with_arrays(spec.masks, data),
         d=request.inputs["query"].shape[-1],
         bias_axes=None if bias is None else axes_of_pairs(bias),
+        bias_size=0 if bias is None else prod(bias.shape),
+        bias_given=0 if bias is None else number_bytes(xp, bias.dtype),
         has_sinks="sinks" in request.inputs,
         widens_bias=bias is not None and bias.dtype != spec.compute,
         by_batch=bool(getattr(data["query_offset"], "shape", ())),
+        shares_keys=any(tuple(shape) != spec.batch for shape in lead),
         threads=xp.at_once(spec.tasks),
         footprint=xp.footprint(request.inputs["query"]),
         number=number_bytes(xp, spec.compute),

@@ -33,6 +33,7 @@ def shown(tile: Tile, s: Array) -> Array:
         s += xp.cast(tile.slice(problem.bias), s.dtype)
     for allowed in tile.allowed():
         s = xp.hide(s, allowed, -float("inf"))
+        del allowed  # before the next one is made
     return s
 
 

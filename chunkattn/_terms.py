@@ -8,6 +8,7 @@ Each term is a product of sizes, which are named in its formula: those of the ar
 ``batch``        batch entries of a task
 ``query_chunk``  queries of a tile
 ``key_chunk``    keys of a tile
+``bias``         numbers of the bias
 ``all_heads``    batch entries times query heads of the call; ``all_key_heads``: those of keys
 ===============  ===================================================================================
 
@@ -63,18 +64,23 @@ class Counted:
     """A call whose memory is counted.
 
     `masks` have their arrays; `d` is the width of queries; `bias_axes` are those of the bias that
-    do not broadcast, None where there is none; `widens_bias` says whether it is cast to the compute
-    dtype; `footprint` is the adapter's; `by_batch` says whether the query
-    offset differs from batch entry to batch entry; `threads` is the number of tasks at a time.
+    do not broadcast, None where there is none, `bias_size` its numbers, of `bias_given` bytes;
+    `widens_bias` says whether it is cast to the compute dtype; `footprint` is the adapter's;
+    `by_batch` says whether the query offset differs from batch entry to batch entry, and
+    `shares_keys` whether batch entries share keys or values; `threads` is the number of tasks at a
+    time.
     """
 
     spec: Spec
     masks: tuple[Mask, ...]
     d: int
     bias_axes: str | None
+    bias_size: int
+    bias_given: int
     has_sinks: bool
     widens_bias: bool
     by_batch: bool
+    shares_keys: bool
     threads: int
     footprint: Any
     number: int  # bytes of a number of the compute dtype
@@ -89,6 +95,7 @@ class Counted:
             "batch": prod(block[:-1]),
             "heads": prod(block) * spec.group,
             "key_heads": prod(block),
+            "bias": self.bias_size,
             "all_heads": prod(spec.batch) * spec.heads,
             "all_key_heads": prod(spec.lead),
             "query_chunk": spec.schedule.query_chunk,

@@ -26,18 +26,26 @@ GRADIENTS = {
 def forward(call: Counted) -> list[Term]:
     """Return the terms of the forward pass at its fullest moment."""
     spec, own = call.spec, call.footprint
-    wide, drops = int(call.widens), int(bool(spec.dropout))
+    wide, drops, shared = int(call.widens), int(bool(spec.dropout)), int(call.shares_keys)
     product = 1 - call.is_result if call.hides or not call.adds_up else own.products
     product += _in_runs(call, spec.tasks, spec.schedule.key_chunk)
     cut = int(prod(spec.schedule.block) > 1 and spec.schedule.key_chunk < spec.n_k)
     weights = call.term("weights", own.weights + own.powers, *SCORES)
     hashed = call.term("hash for dropout", own.hashes * drops, *SCORES, number=2)
-    return [
+    values = call.term("values, widened", wide, *KEYS, "d_v")
+    stacked = int(spec.layout == "nhd" and spec.group > 1)
+    before = [
+        call.term("queries, as they are scaled", 1 + wide + stacked, *ROWS, "d"),
+        call.term("buffers", "threads", own.buffers),
+        call.term("objects of Python", own.objects, number=1),
+    ]
+    tiles = [
         call.term("scores", *SCORES),
         call.term("queries, scaled", *ROWS, "d"),
         call.term("accumulator", int(call.adds_up), *ROWS, "d_v"),
         call.term("sums and maxima", 6, *ROWS),
         call.term("buffers", "threads", own.buffers),
+        *_positions(call),
         call.term("objects of Python", own.objects, number=1),
         *fullest(
             *_functions(call),
@@ -45,26 +53,34 @@ def forward(call: Counted) -> list[Term]:
                 call.term("keys, widened", wide, *KEYS, "d"),
                 _ordered(call, spec.tasks, "d"),
                 call.term("keys, transposed", own.ordered, *KEYS, "d"),
+                call.term("keys, for each batch entry", own.expands * shared, *KEYS, "d"),
             ],
-            [weights, hashed],
+            [weights, hashed, values],
             [
                 weights,
                 call.term("product with values", product, *ROWS, "d_v"),
-                call.term("values, widened", wide, *KEYS, "d_v"),
+                values,
                 call.term("values, in order", own.ordered * cut, *KEYS, "d_v"),
+                call.term("values, for each batch entry", own.expands * shared, *KEYS, "d_v"),
             ],
-            [call.term("out, rounded", wide, *ROWS, "d_v", number=call.given)],
+            [
+                call.term("product with values", int(not call.adds_up), *ROWS, "d_v"),
+                call.term("out, rounded", wide, *ROWS, "d_v", number=call.given),
+            ],
         ),
     ]
+    return fullest(tiles, before)
 
 
 def standard(call: Counted) -> list[Term]:
     """Return the terms of textbook attention's forward pass."""
-    hashes = call.footprint.hashes * bool(call.spec.dropout)
+    hashes, wide = call.footprint.hashes * bool(call.spec.dropout), int(call.widens)
     return [
         call.term("scores, less their maxima, weights", 3, "all_heads", "n_q", "n_k"),
         call.term("sums and maxima", 6, "all_heads", "n_q"),
         call.term("queries, scaled", "all_heads", "n_q", "d"),
+        call.term("keys, widened", wide, "all_key_heads", "n_k", "d"),
+        call.term("values, widened", wide, "all_key_heads", "n_k", "d_v"),
         call.term("accumulator", "all_heads", "n_q", "d_v"),
         call.term("hash for dropout", hashes, "all_heads", "n_q", "n_k", number=2),
         call.term("objects of Python", call.footprint.objects, number=1),
@@ -73,10 +89,9 @@ def standard(call: Counted) -> list[Term]:
 
 def saved(call: Counted) -> list[Term]:
     """Return the terms of what is kept from the forward to the backward pass."""
-    exact = call.footprint.exact * call.widens
     return [
         call.term("saved: lse and the like", call.footprint.saved, "all_heads", "n_q"),
-        call.term("saved: out, not rounded", exact, "all_heads", "n_q", "d_v"),
+        call.term("saved: out, not rounded", int(call.widens), "all_heads", "n_q", "d_v"),
     ]
 
 
@@ -86,17 +101,27 @@ def backward(call: Counted, wanted: Names) -> list[Term]:
     chained = spec.softcap is not None or spec.score_mod is not None
     width = "d" if call.d >= spec.d_v else "d_v"
     wide, unseen, drops = int(call.widens), int(call.hides), int(bool(spec.dropout))
+    shared = int(call.shares_keys)
     visible = call.term("visible pairs", unseen, *SCORES, number=1)
-    rounded = [name for name in wanted if name in GRADIENTS and call.widens]
+    rounded: dict[str, tuple[Names, int]] = {}
+    if call.widens:
+        rounded = {name: (GRADIENTS[name], call.given) for name in wanted if name in GRADIENTS}
+    if call.widens_bias and "bias" in wanted:
+        rounded["bias"] = ("bias",), call.bias_given
     runs = _in_runs(call, spec.blocks, spec.group * spec.schedule.query_chunk)
     slopes = 4 * int(spec.score_mod is not None)
     swapped = 2 * int(spec.layout == "nhd" and spec.group > 1)
+    widened = [
+        call.term("values, widened", wide, *KEYS, "d_v"),
+        call.term("keys, widened", wide, *KEYS, "d"),
+    ]
     always = [
         call.term("queries, scaled", *ROWS, "d"),
         call.term("gradient of out", *ROWS, "d_v"),
         call.term("queries of heads, and the like", swapped, *ROWS, width),
         call.term("sums", 8, *ROWS),
         call.term("buffers", "threads", own.buffers),
+        *_positions(call),
         call.term("objects of Python", own.objects, number=1),
     ]
     before = [*always, call.term("out times its gradient, and the like", 4, *ROWS, "d_v")]
@@ -113,6 +138,7 @@ def backward(call: Counted, wanted: Names) -> list[Term]:
                 call.term("keys or values, widened", wide, *KEYS, width),
                 _ordered(call, spec.blocks, width),
                 call.term("keys or values, transposed", own.ordered, *KEYS, width),
+                call.term("those of each batch entry", own.expands * shared, *KEYS, width),
             ],
             [visible, call.term("inverted", own.inverses * unseen, *SCORES, number=1)],
             [visible, call.term("hash for dropout", own.hashes * drops, *SCORES, number=2)],
@@ -120,41 +146,47 @@ def backward(call: Counted, wanted: Names) -> list[Term]:
             [visible, call.term("derivative of score_mod, and the like", slopes, *SCORES)],
             [
                 visible,
+                *widened,
                 call.term("keys made finite", 2 * unseen, *KEYS, width),
                 call.term("which are finite", unseen, *KEYS, width, number=1),
             ],
             [
                 visible,
-                call.term("values, widened", wide, *KEYS, "d_v"),
-                call.term("keys, widened", wide, *KEYS, "d"),
+                *widened,
                 call.term("product for queries", *ROWS, "d"),
+                call.term("keys, for each batch entry", own.expands * shared, *KEYS, "d"),
             ],
             [
                 visible,
-                call.term("values, widened", wide, *KEYS, "d_v"),
+                widened[0],
+                call.term("rows made finite", 2 * unseen, *ROWS, width),
+                call.term("which are finite", unseen, *ROWS, width, number=1),
+            ],
+            [
+                visible,
+                widened[0],
                 call.term("rows made finite", unseen, *ROWS, width),
-                call.term("product for keys", 1 + runs, *KEYS, width),
+                call.term("product for keys", 1 + runs + shared, *KEYS, width),
                 call.term("weights, transposed", own.ordered, *SCORES),
             ],
         ),
     ]
+    objects = call.term("objects of Python", own.objects, number=1)
+    moments = [tiles, before]
+    standing = []
+    for name, (sizes, given) in rounded.items():
+        told, number = f"gradient of {name}", call.number
+        standing.append(call.term(f"{told}, not rounded", *sizes, number=max(0, number - given)))
+        moments.append([call.term(f"{told}, rounded", *sizes, number=min(number, given)), objects])
+    return [*standing, *fullest(*moments)]
+
+
+def _positions(call: Counted) -> list[Term]:
+    """Return the terms of the positions that masks compare and a tile keeps."""
+    masks = int(bool(call.masks))
     return [
-        *(
-            call.term(
-                f"gradient of {name}, not rounded",
-                *GRADIENTS[name],
-                number=call.number - call.given,
-            )
-            for name in rounded
-        ),
-        *fullest(
-            tiles,
-            before,
-            *(
-                [call.term(f"gradient of {name}, rounded", *GRADIENTS[name], number=call.given)]
-                for name in rounded
-            ),
-        ),
+        call.term("positions of queries", masks, "threads", "query_chunk", number=8),
+        call.term("positions of keys", masks, "threads", "key_chunk", number=8),
     ]
 
 

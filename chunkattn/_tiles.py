@@ -50,6 +50,7 @@ class Tile:
                 found = self._known.pop(i) if i in self._known else allowed_by(mask, self)
                 if found is not None:
                     yield found
+                    found = None  # before the next one is made
 
     @cached_property
     def q_idx(self) -> Array:

@@ -182,23 +182,64 @@ def _doubled(s, b, h, q_idx, kv_idx):
     return 2 * s
 
 
-HELD = {
+HELD = {  # shapes of query, key and, where it is another, value; their dtype; keywords
     "a function": (
-        (4, 1024, 64),
-        (4, 1024, 64),
+        [(4, 1024, 64), (4, 1024, 64)],
+        "float32",
         {"score_mod": ScoreMod(_doubled, lambda s, *_: 0 * s + 2)},
     ),
     "textbook, with dropout": (
-        (4, 512, 64),
-        (4, 512, 64),
+        [(4, 512, 64), (4, 512, 64)],
+        "float32",
         {"implementation": "standard", "dropout": 0.1, "dropout_seed": 1, "softcap": 2.0},
     ),
-    "few keys": ((8, 4096, 64), (8, 8, 64), {}),
-    "wide values": ((8, 1024, 16), (8, 1024, 16), {}),
-    "heads of keys, heads last": ((1024, 8, 64), (1024, 2, 64), {"causal": True, "layout": "nhd"}),
+    "textbook, widened": (
+        [(4, 256, 128), (4, 1024, 128)],
+        "float16",
+        {"implementation": "standard", "compute_dtype": "float64"},
+    ),
+    "few keys": ([(8, 4096, 64), (8, 8, 64)], "float32", {}),
+    "few keys, a mask": ([(8, 4096, 64), (8, 64, 64)], "float32", {"mask": 63}),
+    "few keys, widened": ([(8, 2048, 128), (8, 16, 128), (8, 16, 16)], "float16", {}),
+    "few keys, widened, heads last": (
+        [(2048, 8, 128), (16, 2, 128), (16, 2, 16)],
+        "float16",
+        {"layout": "nhd"},
+    ),
+    "few queries, widened, a mask": (
+        [(8, 1, 128), (8, 2048, 128)],
+        "float16",
+        {"mask": 2000},
+    ),
+    "wide values": ([(8, 1024, 16), (8, 1024, 16), (8, 1024, 256)], "float32", {}),
+    "wide, with dropout": (
+        [(16, 64, 128), (16, 512, 128)],
+        "float16",
+        {"dropout": 0.1, "dropout_seed": 0},
+    ),
+    "shared keys": ([(2, 4, 16, 128), (1, 4, 2048, 128)], "float64", {}),
+    "rounded": ([(8, 512, 32), (8, 512, 32)], "float64", {"compute_dtype": "float32"}),
+    "a bias that is rounded": ([(8, 512, 32), (8, 512, 32)], "float32", {"bias": "float16"}),
+    "a bias that is narrowed": ([(8, 512, 32), (8, 512, 32)], "float32", {"bias": "float64"}),
+    "two masks": (
+        [(2384, 8), (3132, 8)],
+        "float32",
+        {
+            "causal": True,
+            "mask": masks.Window(2000, 2000),
+            "query_offset": 1000,
+            "query_chunk_size": 1709,
+            "key_chunk_size": 466,
+        },
+    ),
+    "heads of keys, heads last": (
+        [(1024, 8, 64), (1024, 2, 64)],
+        "float32",
+        {"causal": True, "layout": "nhd"},
+    ),
     "a window, heads last": (
-        (2048, 8, 64),
-        (2048, 2, 64),
+        [(2048, 8, 64), (2048, 2, 64)],
+        "float32",
         {"mask": masks.Window(127, 0), "layout": "nhd"},
     ),
 }
@@ -209,10 +250,14 @@ HELD = {
 @pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_no_more_than_planned(name, case, training):
     lib = libraries.library(name)
-    of_queries, of_keys, given = HELD[case]
-    of_values = (*of_keys[:-1], 256) if case == "wide values" else of_keys
-    arrays = [lib.asarray(np.ones(shape)) for shape in (of_queries, of_keys, of_values)]
+    shapes, dtype, given = HELD[case]
+    arrays = [lib.asarray(np.ones(shape), dtype) for shape in (*shapes, shapes[-1])[:3]]
     given = {"implementation": "chunked"} | given
+    if "bias" in given:
+        pairs = (shapes[0][0], shapes[0][1], shapes[1][1])
+        given["bias"] = lib.asarray(np.zeros(pairs), given["bias"])
+    if isinstance(given.get("mask"), int):
+        given["mask"] = masks.Lengths(key=lib.asarray(np.asarray(given["mask"])))
 
     def call():
         if not training:
