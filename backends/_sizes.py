@@ -15,6 +15,8 @@ class TileSizes(NamedTuple):
     A call of at most `alone` scores is one tile, since its products keep all cores busy, and tasks
     that are as small would wait for each other.  Not where gradients follow.
 
+    Where tasks run on `threads`, chunks of queries are such that none of these waits long.
+
     A tile has all batch entries and heads (``"whole"``), as many as fit (``"parts"``), or fewer, so
     that all tiles have as many (``"even"``): these are for a library that traces one of them.
     """
@@ -26,6 +28,7 @@ class TileSizes(NamedTuple):
     edge: int
     alone: int = 0
     shared: bool = False
+    threads: int = 1
     batch: Literal["parts", "even", "whole"] = "parts"
 
 

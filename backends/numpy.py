@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
 from typing import Any
@@ -165,7 +165,11 @@ class Adapter(InPlace):
 
         BLAS has all of its threads for the products of a call that is one task.
         """
-        return OF_CPU._replace(alone=2 * OF_CPU.elements)
+        return OF_CPU._replace(alone=2 * OF_CPU.elements, threads=_threads.most())
+
+    def setting(self, arrays: Sequence[Array]) -> Any:
+        """Return the device, and how many threads BLAS has."""
+        return self.device(arrays[0]), _threads.most()
 
     def at_once(self, count: int) -> int:
         """Return how many threads there are for `count` tasks, where no other call takes any."""

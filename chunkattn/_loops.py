@@ -25,17 +25,14 @@ def over_queries(
 
     The steps write to places of their own, and may run side by side; `done` is called after each.
     """
-    xp, spec = problem.xp, problem.spec
-    for size, first, count in xp.query_pieces(spec.n_q, spec.schedule.query_chunk):
+    spec = problem.spec
+    pieces, count = _pieces(problem)
 
-        def task(
-            state: State, number: Index, size: int = size, first: int = first, count: int = count
-        ) -> State:
-            block, chunk = (0, number) if spec.blocks == 1 else divmod(number, count)
-            return step(_rows(problem, block, size, first, count, chunk), state)
+    def task(state: State, number: Index) -> State:
+        block, chunk = (0, number) if spec.blocks == 1 else divmod(number, count)
+        return step(_rows(problem, block, pieces, chunk), state)
 
-        state = xp.each(task, state, spec.blocks * count, done)
-    return state
+    return problem.xp.each(task, state, spec.blocks * count, done)
 
 
 def over_blocks(
@@ -46,27 +43,33 @@ def over_blocks(
     The steps of one block of batch entries and heads run one after the other, since they write to
     the same places, and so do those of different blocks where these are `shared`.
     """
-    xp, spec = problem.xp, problem.spec
+    xp, blocks = problem.xp, problem.spec.blocks
+    pieces, count = _pieces(problem)
 
     def task(state: State, block: Index) -> State:
-        for size, first, count in xp.query_pieces(spec.n_q, spec.schedule.query_chunk):
+        def at(state: State, chunk: Index) -> State:
+            return step(_rows(problem, block, pieces, chunk), state)
 
-            def at(
-                state: State, chunk: Index, size: int = size, first: int = first, count: int = count
-            ) -> State:
-                return step(_rows(problem, block, size, first, count, chunk), state)
+        return xp.fold(at, state, 0, count)
 
-            state = xp.fold(at, state, 0, count)
-        return state
-
-    return xp.fold(task, state, 0, spec.blocks) if shared else xp.each(task, state, spec.blocks)
+    return xp.fold(task, state, 0, blocks) if shared else xp.each(task, state, blocks)
 
 
-def _rows(problem: Problem, block: Index, size: int, first: int, count: int, chunk: Index) -> Rows:
-    """Return chunk number `chunk` of the `count` ones of `size` queries that begin at `first`."""
+def _pieces(problem: Problem) -> tuple[list[tuple[int, int, int]], int]:
+    """Return the pieces of the axis of queries, and how many chunks they are."""
+    pieces = problem.xp.query_pieces(problem.spec.n_q, problem.spec.schedule.query_chunk)
+    return pieces, sum(count for _, _, count in pieces)
+
+
+def _rows(problem: Problem, block: Index, pieces: list[tuple[int, int, int]], chunk: Index) -> Rows:
+    """Return a chunk of the queries of a block, by its number, which is no tracer of two pieces."""
     xp, spec = problem.xp, problem.spec
-    start = first + chunk * size
-    if first + count * size <= spec.n_q:
+    (size, start, count), *rest = pieces
+    if rest and chunk == count:
+        [(size, start, _)] = rest
+    else:
+        start = start + chunk * size
+    if rest or count * size <= spec.n_q:
         return Rows(problem, spec.block(block), start, size)
     begin = xp.smaller(start, spec.n_q - size)  # the last chunk begins earlier
     return Rows(problem, spec.block(block), begin, size, start - begin)

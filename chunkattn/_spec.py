@@ -19,6 +19,7 @@ Cut = tuple[Any, int]  # of an axis: its first entry, which may be traced, and h
 
 
 SMALLEST = 16  # queries or keys of a tile, where memory is limited
+LEAST = 128  # queries of a chunk, where that is made smaller to give each thread one
 SHARED = 2**14  # scores of a head of keys, from which several cores gain in its products
 
 
@@ -187,13 +188,23 @@ def _schedule(
         if of_head >= SHARED and prod(lead) * of_head <= sizes.alone:
             elements = sizes.alone
     budget = elements // shapes.group
-    if sizes.batch == "whole":
-        rows, cols = _shrunk(rows, cols, prod(lead), budget, asked)
+    whole = sizes.batch == "whole"
+    if whole or asked.most:
+        rows, cols = _shrunk(rows, cols, prod(lead) if whole else 1, budget, asked)
+    # With a mask it counts more that tiles lie along the diagonal, unless one is traced for all.
+    if not limits or sizes.batch != "parts":
+        if asked.query_chunk is None:
+            rows = _evened(shapes.n_q, rows)
+        if asked.key_chunk is None and (limits or cols > sizes.cols):
+            cols = _evened(shapes.n_k, cols)
+    if whole:
         return Schedule(rows, cols, tuple(max(1, n) for n in lead))
-    if asked.most:
-        rows, cols = _shrunk(rows, cols, 1, budget, asked)
     room = max(1, budget // (rows * cols))
-    return Schedule(rows, cols, block_within(lead, room, sizes.batch == "even"))
+    block = block_within(lead, room, sizes.batch == "even")
+    if asked.query_chunk is None and not limits and elements != sizes.alone:
+        blocks = prod(-(-n // size) for n, size in zip(lead, block, strict=True))
+        rows = _balanced(shapes.n_q, rows, blocks, sizes.threads)
+    return Schedule(rows, cols, block)
 
 
 def _of_masks(sizes: Any, shapes: Shapes, limits: list[int]) -> list[int]:
@@ -218,10 +229,41 @@ def _tile(sizes: Any, shapes: Shapes, limits: list[int]) -> tuple[int, int]:
         rows = min(rows, limit)
         return rows, min(limit, area // (rows * group))
     width = max(1, 2 * shapes.d_v)  # of what is read for a row or a column
-    return (
-        max(rows, area // (group * max(shapes.n_k, width))),
-        max(cols, area // max(group * shapes.n_q, width)),
-    )
+    rows = max(rows, area // (group * max(shapes.n_k, width)))
+    if shapes.n_q <= rows:
+        return rows, max(cols, area // max(group * shapes.n_q, width))
+    if group * rows * shapes.n_k <= area:  # all keys are in one tile
+        return rows, cols
+    rows = _in_chunks(shapes.n_q, (2 * shapes.n_q + rows) // (2 * rows))  # rather few chunks
+    return rows, min(cols, max(16, area // (16 * group * rows) * 16))
+
+
+def _in_chunks(n: int, count: int) -> int:
+    """Return the size of `count` chunks of an axis that are about as large: a multiple of 16."""
+    return -(-n // (16 * count)) * 16
+
+
+def _evened(n: int, size: int) -> int:
+    """Return a size for as many chunks of an axis as those of `size`, but about as large."""
+    return min(size, _in_chunks(n, -(-n // size))) if n else size
+
+
+def _balanced(n_q: int, rows: int, blocks: int, threads: int) -> int:
+    """Return fewer queries for a chunk where so few tasks would leave threads without work.
+
+    A task is a chunk of queries of a block; what the busiest thread has counts.
+    """
+    fewest = -(-n_q // rows)
+    if threads == 1 or not n_q or blocks * fewest >= 4 * threads:
+        return rows
+
+    def busiest(chunks: int) -> int:
+        return -(-blocks * chunks // threads) * -(-n_q // chunks)
+
+    counts = range(fewest, max(fewest, n_q // LEAST) + 1)
+    least = min(map(busiest, counts))
+    count = next(n for n in counts if busiest(n) <= 1.05 * least)
+    return rows if count == fewest else _in_chunks(n_q, count)
 
 
 def _shrunk(rows: int, cols: int, entries: int, budget: int, asked: Asked) -> tuple[int, int]:

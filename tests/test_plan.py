@@ -11,6 +11,7 @@ import memory
 import numpy as np
 import plans
 import pytest
+from chunkattn.backends import numpy as numpy_adapter
 
 from chunkattn import (
     ArraySpec,
@@ -176,6 +177,49 @@ def test_a_tile_of_torch_has_heads_for_all_threads():
         2: [(1024, 32), (2048, 4)],
         4: [(1024, 16), (4096, 2)],
     }
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n", [777, 1100, 2100, 3000, 4100])
+def test_chunks_of_odd_lengths(n, causal):
+    """JAX computes the last one as long as the others."""
+    pytest.importorskip("jax")
+    tokens = ArraySpec((8, n, 64))
+    for training in (False, True):
+        found = plan(tokens, tokens, tokens, library="jax", causal=causal, training=training)
+        size = found.query_chunk_size
+        assert -(-n // size) * size <= 1.05 * n
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4, 7])
+def test_no_thread_waits_long(threads):
+    """On NumPy, whose tasks have a thread each."""
+    for heads, n in ((1, 2048), (1, 3000), (1, 5000), (3, 1000), (5, 2000), (8, 1100)):
+        q = np.empty((heads, n, 64), np.float32)
+        with memory.blas_threads(threads):
+            found = plan(q, q, q)
+        tasks = sorted(
+            min(found.query_chunk_size, n - i) for i in range(0, n, found.query_chunk_size)
+        )
+        busy = [0] * threads
+        for size in heads * tasks:
+            busy[busy.index(min(busy))] += size
+        assert max(busy) <= 1.15 * heads * n / threads
+
+
+def test_tasks_are_given_at_once(monkeypatch):
+    """The last chunk of queries, which is shorter, does not wait for the others."""
+    counts = []
+    each = numpy_adapter.Adapter.each
+
+    def counted(self, step, state, count, done=None):
+        counts.append(count)
+        return each(self, step, state, count, done)
+
+    monkeypatch.setattr(numpy_adapter.Adapter, "each", counted)
+    q = np.ones((3, 250, 8), np.float32)
+    attention(q, q, q, query_chunk_size=100, key_chunk_size=100)
+    assert counts in ([9], [6], [3])  # of one, two or three heads
 
 
 def _doubled(s, b, h, q_idx, kv_idx):
