@@ -6,6 +6,7 @@ be saved and read in another process.  Its gradients are a second operator.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -52,12 +53,6 @@ RESULTS = ("out", "lse", "low", "exact")
 INTEGERS = (int, torch.SymInt)
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 TENSOR = torch.Tensor
-try:
-    import numpy as np
-
-    NUMPY: tuple[type, ...] = np.ndarray, np.generic
-except ImportError:
-    NUMPY = ()
 DTYPES: dict[Any, str] = {"float32": "float32", "float64": "float64"}
 DTYPES |= {torch.float32: "float32", torch.float64: "float64"}
 
@@ -93,7 +88,8 @@ def is_tensor(x: Any) -> bool:
 
 def is_numpy(x: Any) -> bool:
     """Whether `x` is a number of NumPy, which the compiler takes for an array without axes."""
-    return isinstance(x, NUMPY) and not x.shape  # type: ignore[attr-defined]
+    numpy: Any = sys.modules.get("numpy")
+    return numpy is not None and isinstance(x, (numpy.ndarray, numpy.generic)) and not x.shape
 
 
 def example() -> Array:
