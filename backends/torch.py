@@ -33,14 +33,13 @@ def _is_watched(tensors: Sequence[Array]) -> bool:
         for x in tensors:
             if x.requires_grad:
                 return True
-    if torch._C._are_functorch_transforms_active() and any(map(is_wrapped, tensors)):
+    if torch._C._are_functorch_transforms_active() and any(map(torch_native.is_wrapped, tensors)):
         return True
     if forward_ad._current_level < 0:  # spare the question, which takes longer
         return False
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 

@@ -118,12 +118,12 @@ def modes() -> tuple[Any, ...]:
     return torch.are_deterministic_algorithms_enabled(), *flags, *_PRIORITY()
 
 
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def is_batched(x: Array) -> bool:
     """Whether `torch.vmap` maps over the tensor."""
-    return bool(_is_wrapped(x) and _is_wrapped(_bare(x)))
+    return bool(is_wrapped(x) and is_wrapped(_bare(x)))
 
 
 def _bare(x: Array) -> Array:

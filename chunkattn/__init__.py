@@ -7,11 +7,12 @@ every other library of the standard.
 from . import interop, masks
 from ._attention import attention
 from ._callables import ScoreMod
+from ._comparison import Comparison
 from ._differentiate import attention_jvp, attention_vjp
 from ._memory import ArraySpec
 from ._merge import merge
 from ._online import OnlineAttention
-from ._plan import Comparison, Plan, plan
+from ._plan import Plan, plan
 
 __version__ = "0.1.0"
 __all__ = [

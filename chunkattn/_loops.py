@@ -62,7 +62,10 @@ def _pieces(problem: Problem) -> tuple[list[tuple[int, int, int]], int]:
 
 
 def _rows(problem: Problem, block: Index, pieces: list[tuple[int, int, int]], chunk: Index) -> Rows:
-    """Return a chunk of the queries of a block, by its number, which is no tracer of two pieces."""
+    """Return a chunk of the queries of a block, by its number.
+
+    That may be traced, where the queries are one piece.
+    """
     xp, spec = problem.xp, problem.spec
     (size, start, count), *rest = pieces
     if rest and chunk == count:

@@ -11,6 +11,7 @@ from typing import Any
 from ._adapters import adapter_of, is_array
 from ._attention import bound
 from ._choice import prepared
+from ._comparison import Comparison, aligned
 from ._memory import number_bytes, terms
 from ._problem import TOKENS
 from ._request import Request
@@ -100,9 +101,7 @@ def plan(
     if any(map(is_array, tokens)):
         return planned(*tokens)
     name = library or ("jax" if type(query).__module__.startswith("jax") else "numpy")
-    if not is_module(name):
-        raise ValueError(f"library must be the name of an array library; got {name!r}")
-    module = import_module(_MODULES.get(name, name))
+    module: Any = import_module(_MODULES.get(name, name)) if is_module(name) else None
     if not hasattr(module, "zeros"):
         raise ValueError(f"library must be the name of an array library; got {name!r}")
     like = module.zeros((), **({} if device is None else {"device": device}))
@@ -278,39 +277,3 @@ class Plan:
 def _grows(term: Term) -> bool:
     """Whether a term's size depends on the lengths."""
     return bool({"n_q", "n_k"} & set(term.formula.split()))
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Bytes of several schedules over lengths; `print` shows a table.
-
-    Attributes
-    ----------
-    lengths : tuple of int
-        The lengths.
-    schedules : tuple of (str, str, tuple of int)
-        For each schedule its name, its formula, and its bytes at each length.
-    """
-
-    lengths: tuple[int, ...]
-    schedules: tuple[tuple[str, str, tuple[int, ...]], ...]
-
-    def __str__(self) -> str:
-        """Return a table, with the formulas below it."""
-        rows = [("n", *(name for name, _, _ in self.schedules))]
-        for i, n in enumerate(self.lengths):
-            rows.append((f"{n:,}", *(f"{sizes[i]:,}" for _, _, sizes in self.schedules)))
-        told = [f"{name}: {formula}" for name, formula, _ in self.schedules]
-        return "\n".join([*aligned(rows, right=True), "", *told])
-
-
-def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
-    """Return rows of text with their columns below one another."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if right or i == 1 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

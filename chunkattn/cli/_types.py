@@ -18,10 +18,7 @@ def at_least(smallest: int, text: str) -> int:
 
 def positive(text: str) -> float:
     """Return a positive, finite number."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = _number(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number; got {text!r}")
     return number
@@ -29,14 +26,19 @@ def positive(text: str) -> float:
 
 def within(low: float, high: float, text: str) -> float:
     """Return a number from `low` to `high`."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = _number(text)
     if not low <= number <= high:
         told = f"must be a number from {low:g} to {high:g}; got {text!r}"
         raise argparse.ArgumentTypeError(told)
     return number
+
+
+def _number(text: str) -> float:
+    """Return a number; NaN for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def file_in(*suffixes: str) -> Callable[[str], Path]:
